@@ -1,0 +1,99 @@
+"""What commands print: data to stdout, everything else to stderr. No other file prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ctxprune.pruner.errors import CtxpruneError
+
+out = Console()
+err = Console(stderr=True)
+
+
+def say(line: str) -> None:
+    """One line of what is going on."""
+    err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def fail(error: CtxpruneError) -> None:
+    """A mistake of the user: what is wrong, and what to do."""
+    say(f"error: {error.message}")
+    if error.hint:
+        say(f"\nhint: {error.hint}")
+
+
+def data(value: Any) -> None:
+    """A result as JSON on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a result file whole or not at all.
+
+    Raises:
+        CtxpruneError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise CtxpruneError(f"`{path}` cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def tuning_progress() -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
+    """Callbacks for steps and phases: a bar on a terminal, a line now and then elsewhere."""
+    if not err.is_terminal:
+        yield _step_line, say
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task("tuning", total=1, figures="", visible=False)
+
+        def on_step(figures: dict[str, Any]) -> None:
+            bar.update(
+                task,
+                total=figures["steps"],
+                completed=figures["step"],
+                figures=_figures(figures),
+                visible=True,
+            )
+
+        yield on_step, lambda line: bar.console.print(line, markup=False, highlight=False)
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    parts = [f"loss {figures['lm_loss']:.3f}"]
+    if "sparsity_hard" in figures:
+        parts.append(
+            f"target {figures['target']:.2f} soft {figures['sparsity_soft']:.2f} "
+            f"hard {figures['sparsity_hard']:.2f}"
+        )
+    left = int(figures["eta_s"])
+    parts.append(f"{figures['tokens_per_s']:.0f} tokens/s, {left // 60}:{left % 60:02d} left")
+    return " | ".join(parts)
+
+
+def _step_line(figures: dict[str, Any]) -> None:
+    every = max(1, figures["steps"] // 20)
+    if figures["step"] % every == 0 or figures["step"] in (1, figures["steps"]):
+        say(f"step {figures['step']}/{figures['steps']} | {_figures(figures)}")

@@ -1,0 +1,54 @@
+"""`ctxprune convert`: add gates to a pretrained checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctxprune.cli.console import say
+from ctxprune.cli.options import Force, Out, given
+from ctxprune.cli.workspace import set_current
+
+EXAMPLES = """
+Examples:
+
+  ctxprune convert gpt2 --out ./m
+
+  ctxprune convert ./SmolLM2.Q4_1.gguf --out ./smol
+
+  ctxprune convert --out ./m     (the embedded checkpoint)
+"""
+
+
+def convert(
+    out: Out,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, model folder or .gguf file; default: the embedded one."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Width of a gate's query and key.")] = None,
+    protect_first: Annotated[
+        int | None, typer.Option(help="First tokens that are never dropped.")
+    ] = None,
+    protect_recent: Annotated[
+        int | None, typer.Option(help="Newest tokens that are never dropped.")
+    ] = None,
+    force: Force = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
+    ] = False,
+) -> None:
+    """Add gates to a pretrained checkpoint; it prunes nothing until it is tuned."""
+    from ctxprune.pruner import convert as conversion
+    from ctxprune.pruner.config import PruneConfig
+
+    config = PruneConfig(
+        **given(rank=rank, protect_first=protect_first, protect_recent=protect_recent)
+    )
+    folder: Path = conversion.convert(
+        model, out, config, force=force, trust_remote_code=trust_remote_code
+    )
+    set_current(folder)
+    say(f"wrote {folder}, now the current model; next: ctxprune tune --sparsity 0.8")

@@ -1,0 +1,73 @@
+"""`ctxprune eval`: perplexity and lm-eval tasks at several levels of sparsity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctxprune.cli.console import out as stdout
+from ctxprune.cli.console import say, write_text
+from ctxprune.cli.options import Model, Seed, given, numbers, words
+from ctxprune.cli.workspace import current
+
+EXAMPLES = """
+Examples:
+
+  ctxprune eval --tasks hellaswag,piqa
+
+  ctxprune eval --sparsity 0,0.5,0.8 --json results.json
+
+  ctxprune eval --policy sink --sparsity 0.8 --tasks piqa --data-dir ./tasks --limit 100
+"""
+
+
+def evaluate(
+    model: Model = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated.")] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Levels, comma-separated; default: 0 and the calibrated.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="gate, sink or window.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text for perplexity, a file or datasets name.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens a window of that text.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="At most so many tokens of it.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents a task.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Texts a forward pass.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of TASK.jsonl, to run the tasks offline.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
+    seed: Seed = None,
+) -> None:
+    """Measure a model at several levels of sparsity, with tokens really evicted."""
+    folder = current(model)
+    options = given(
+        tasks=words(tasks),
+        sparsity=numbers(sparsity),
+        policy=policy,
+        text=text,
+        context=context,
+        tokens=tokens,
+        limit=limit,
+        batch_size=batch_size,
+        data_dir=data_dir,
+        dtype=dtype,
+        seed=seed,
+    )
+    from ctxprune.evals.evaluate import EvalConfig
+    from ctxprune.evals.evaluate import evaluate as run
+    from ctxprune.evals.report import rich_table
+
+    config = EvalConfig.from_mapping(options, "the options")
+    state = Path(".ctxprune") / "eval-state.json"
+    results = run(folder, config, state=state, on_event=say)
+    if json_file is not None:
+        write_text(json_file, json.dumps(results, indent=2) + "\n")
+        say(f"wrote {json_file}")
+    stdout.print(rich_table([results]))

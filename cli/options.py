@@ -1,0 +1,43 @@
+"""Options that several commands share, and the reading of lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ctxprune.pruner.errors import CtxpruneError
+
+Model = Annotated[
+    Path | None, typer.Option("--model", help="Model folder; default: the current one.")
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder to make.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were set: the others keep the defaults of their dataclass."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def numbers(text: str | None) -> list[float] | None:
+    """`0,0.5,0.8` as numbers.
+
+    Raises:
+        CtxpruneError: something else.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise CtxpruneError(
+            f"`{text}` is not a list of numbers", "write it like `0,0.5,0.8`"
+        ) from error
+
+
+def words(text: str | None) -> list[str] | None:
+    """`a,b` as words."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]

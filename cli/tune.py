@@ -1,0 +1,99 @@
+"""`ctxprune tune`: fine-tune a converted model to a sparsity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctxprune.cli.console import say, tuning_progress
+from ctxprune.cli.options import Force, Model, Seed, given
+from ctxprune.cli.workspace import current, set_current
+
+EXAMPLES = """
+Examples:
+
+  ctxprune tune --sparsity 0.8
+
+  ctxprune tune --model ./m --sparsity 0.8 --data books.jsonl.gz --steps 1000 --train lora
+
+  ctxprune tune --sparsity 0.8 --resume
+"""
+
+Text = typer.Option(help=".txt/.jsonl(.gz) file, folder or datasets name; default: embedded.")
+
+
+def tune(
+    model: Model = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of the context to drop, in [0, 1).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to make; default: MODEL-tuned.")
+    ] = None,
+    data: Annotated[str | None, Text] = None,
+    valid: Annotated[
+        str | None, typer.Option(help="Held-out text for calibration, like --data.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    train: Annotated[
+        str | None, typer.Option(help="gates, lora, full, or dense (the control).")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens a window.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows a micro-batch.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Micro-batches a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of the weights.")] = None,
+    gate_lr: Annotated[float | None, typer.Option(help="Peak learning rate of the gates.")] = None,
+    distill: Annotated[
+        float | None, typer.Option(help="Weight in [0, 1] of distillation from the dense model.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the LoRA matrices.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Final alpha of alpha_sigmoid.")] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between resumable checkpoints.")
+    ] = None,
+    bf16: Annotated[bool | None, typer.Option(help="Autocast to bfloat16.")] = None,
+    checkpointing: Annotated[
+        bool | None, typer.Option(help="Recompute activations to save memory.")
+    ] = None,
+    seed: Seed = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Fine-tune a converted model to prune, and calibrate its levels of sparsity."""
+    from ctxprune.pruner.config import TuneConfig
+
+    config = TuneConfig(
+        **given(
+            sparsity=sparsity,
+            data=data,
+            valid=valid,
+            steps=steps,
+            train=train,
+            context=context,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            lr=lr,
+            gate_lr=gate_lr,
+            distill=distill,
+            lora_rank=lora_rank,
+            alpha=alpha,
+            save_every=save_every,
+            bf16=bf16,
+            checkpointing=checkpointing,
+            seed=seed,
+        )
+    )
+    folder = current(model)
+    target = out or folder.with_name(f"{folder.name}-tuned")
+    from ctxprune.pruner import tune as tuning
+
+    with tuning_progress() as (on_step, on_phase):
+        tuning.tune(
+            folder, target, config, resume=resume, force=force, on_step=on_step, on_phase=on_phase
+        )
+    set_current(target)
+    say(f"wrote {target}, now the current model; next: ctxprune eval --sparsity 0,0.5,0.8")

@@ -1,0 +1,1 @@
+"""Measuring a pruned model: perplexity, lm-eval's tasks, and the tables and plots of both."""

@@ -1,0 +1,235 @@
+"""The levels loop: one loaded model, perplexity and lm-eval tasks at each level of sparsity.
+
+Every finished (level, measurement) pair is written to a state file at once, so that a killed
+evaluation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ctxprune.evals.harness import load_tasks, score
+from ctxprune.evals.perplexity import perplexity
+from ctxprune.pruner.checkpoint import DTYPES, check_folder, load, load_tokenizer
+from ctxprune.pruner.config import FromMapping, check_at_least, check_sparsity
+from ctxprune.pruner.data import read_texts, windows
+from ctxprune.pruner.engine import handle_of
+from ctxprune.pruner.errors import CtxpruneError, choose
+from ctxprune.pruner.policies import names as policy_names
+
+PACKAGES = ("ctxprune", "torch", "transformers", "lm_eval")
+
+
+@dataclass(frozen=True)
+class EvalConfig(FromMapping):
+    """One evaluation.
+
+    Attributes:
+        tasks: names of lm-eval tasks, run beside perplexity.
+        sparsity: the levels asked for; None: 0 and every level the model was calibrated at.
+        policy: which eviction policy decides.
+        text: for perplexity: .txt/.jsonl(.gz) file, folder, `datasets` name; None: the embedded
+            evaluation sample.
+        context: tokens a window of that text.
+        tokens: at most this many tokens of it; None: all.
+        limit: documents a task; None: all.
+        batch_size: windows or requests a forward pass.
+        seed: of lm-eval's generators.
+        data_dir: folder of `<task>.jsonl`, the tasks' documents; None: from the hub.
+        dtype, device: of the model.
+    """
+
+    tasks: tuple[str, ...] = ()
+    sparsity: tuple[float, ...] | None = None
+    policy: str = "gate"
+    text: str | None = None
+    context: int = 512
+    tokens: int | None = None
+    limit: int | None = None
+    batch_size: int = 1
+    seed: int = 0
+    data_dir: Path | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        # recipes give lists and strings
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
+        if self.sparsity is not None:
+            levels = tuple(sorted({check_sparsity(float(level)) for level in self.sparsity}))
+            object.__setattr__(self, "sparsity", levels)
+        if self.data_dir is not None:
+            object.__setattr__(self, "data_dir", Path(self.data_dir))
+        choose("policy", self.policy, policy_names())
+        choose("dtype", self.dtype, DTYPES)
+        check_at_least("context", self.context, 2)
+        check_at_least("batch_size", self.batch_size, 1)
+        for name in ("tokens", "limit"):
+            value = getattr(self, name)
+            if value is not None:
+                check_at_least(name, value, 1)
+
+
+def evaluate(
+    folder: Path,
+    config: EvalConfig,
+    *,
+    state: Path | None = None,
+    on_event: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure a converted checkpoint at every level.
+
+    Args:
+        folder: the checkpoint.
+        config: what to measure.
+        state: file that keeps finished measurements over runs; made if missing.
+        on_event: called with one line of text when a measurement starts, ends or is skipped.
+
+    Returns:
+        `model`, `policy`, `context`, `levels` and provenance, ready for JSON. Each level has
+        `sparsity_requested`, `sparsity` (realised), `cache_sparsity`, `perplexity`, `tokens` and
+        `tasks`: name -> metrics, `stderr`, `sparsity` (on its own requests), `n`.
+
+    Raises:
+        CtxpruneError: for bad input, or a pruned level at which nothing was evicted.
+    """
+    say = on_event or (lambda line: None)
+    check_folder(folder)
+    if config.tasks:
+        say("loading lm-eval's tasks")
+    tasks = load_tasks(config.tasks, config.data_dir)
+    tokenizer = load_tokenizer(folder)
+    text = windows(tokenizer, read_texts(config.text, "eval"), config.context)
+    if config.tokens is not None:
+        text = text[: max(1, config.tokens // config.context)]
+    model = load(folder, sparsity=0.0, dtype=config.dtype, device=config.device)
+    handle = handle_of(model)
+    levels = config.sparsity or tuple(sorted({0.0, *handle.levels}))
+    finished = _Finished(state, _fingerprint(folder, config))
+
+    def measure(level: float, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        label = f"{name} at sparsity {level:g}"
+        result = finished.get(level, name)
+        if result is None:
+            say(f"{label}: running")
+            result = work()
+            finished.put(level, name, result)
+            say(f"{label}: done")
+        else:
+            say(f"{label}: already done, kept")
+        return result
+
+    rows = []
+    for level in levels:
+        row = measure(level, "perplexity", partial(_perplexity, model, text, config, level))
+        run = partial(
+            score,
+            model,
+            tokenizer,
+            policy=config.policy,
+            sparsity=level,
+            batch_size=config.batch_size,
+            limit=config.limit,
+            seed=config.seed,
+        )
+        scores = {name: measure(level, name, partial(run, task)) for name, task in tasks.items()}
+        rows.append({"sparsity_requested": level, **row, "tasks": scores})
+    return {
+        "model": str(folder),
+        "policy": config.policy,
+        "context": config.context,
+        "levels": rows,
+        "text": config.text or "embedded",
+        "limit": config.limit,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "device": str(model.device),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _perplexity(
+    model: PreTrainedModel, text: Tensor, config: EvalConfig, level: float
+) -> dict[str, Any]:
+    """Perplexity at one level; a fixed context lets a window policy choose its width."""
+    torch.manual_seed(config.seed)
+    handle = handle_of(model)
+    handle.use(config.policy, level, context=config.context)
+    result = perplexity(model, text, config.batch_size)
+    if level > 0 and result.sparsity == 0.0:
+        raise CtxpruneError(
+            f"not one token was evicted at sparsity {level:g}, so the perplexity would be the "
+            "dense model's",
+            "the context may be shorter than the protected tokens",
+        )
+    return asdict(result)
+
+
+class _Finished:
+    """Finished measurements on disk: fingerprint -> level -> name -> result."""
+
+    def __init__(self, path: Path | None, fingerprint: str) -> None:
+        self._path = path
+        self._all: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+        if path is not None and path.exists():
+            try:
+                self._all = json.loads(path.read_text())
+            except ValueError as error:
+                raise CtxpruneError(
+                    f"`{path}` is not a state file of an evaluation", "delete it to start afresh"
+                ) from error
+        self._mine = self._all.setdefault(fingerprint, {})
+
+    def get(self, level: float, name: str) -> dict[str, Any] | None:
+        return self._mine.get(repr(level), {}).get(name)
+
+    def put(self, level: float, name: str, result: dict[str, Any]) -> None:
+        self._mine.setdefault(repr(level), {})[name] = result
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._path.with_name(f"{self._path.name}.partial")
+            partial.write_text(json.dumps(self._all, indent=1))
+            os.replace(partial, self._path)
+
+
+def _fingerprint(folder: Path, config: EvalConfig) -> str:
+    """Digest of all that a measurement depends on, but its level and task.
+
+    Files count by name, size and time of change: weights of gigabytes are not read for it.
+    """
+    settings = asdict(config)
+    del settings["sparsity"], settings["tasks"]
+    files = [*folder.iterdir()]
+    if config.text is not None and Path(config.text).exists():
+        text = Path(config.text)
+        files += text.rglob("*") if text.is_dir() else [text]
+    if config.data_dir is not None:
+        files += config.data_dir.glob("*.jsonl")
+    stats = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(files)
+        if path.suffix in {".json", ".safetensors", ".jsonl", ".txt", ".gz", ".model"}
+    ]
+    return hashlib.sha256(json.dumps([stats, settings], default=str).encode()).hexdigest()

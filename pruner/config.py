@@ -1,0 +1,144 @@
+"""What a run is told: frozen, self-checking, refusing unknown keys; the only home of defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from ctxprune.pruner.errors import CtxpruneError, choose
+
+TRAINABLE = ("gates", "lora", "full", "dense")
+
+
+def check_sparsity(value: float) -> float:
+    """Return `value` if it is a share in [0, 1), else raise CtxpruneError."""
+    if not 0.0 <= value < 1.0:
+        raise CtxpruneError(
+            f"sparsity {value:g} is outside [0, 1)", "0.8 drops 80% of the context, 0 drops nothing"
+        )
+    return value
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raise CtxpruneError if an option lies below its least value."""
+    if value < least:
+        raise CtxpruneError(f"{name} must be at least {least:g}, not {value:g}")
+
+
+class FromMapping:
+    """A dataclass that can be read from YAML or JSON, key by key."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @classmethod
+    def from_mapping(cls, raw: Mapping[str, Any], source: str) -> Self:
+        """Build from parsed YAML or JSON.
+
+        Raises:
+            CtxpruneError: for a key that is no field (with the nearest one) or a value refused.
+        """
+        for key in raw:
+            choose(f"key in {source}", key, cls.__dataclass_fields__)
+        try:
+            return cls(**raw)
+        except TypeError as error:
+            raise CtxpruneError(f"{source}: {error}") from error
+
+
+@dataclass(frozen=True)
+class PruneConfig(FromMapping):
+    """What is stored with a converted checkpoint, in `ctxprune.json`.
+
+    Attributes:
+        rank: width r of the interaction query and key.
+        protect_first: first tokens of a sequence that are never dropped (attention sinks).
+        protect_recent: newest tokens that are never dropped.
+        context: length in tokens that the gates were tuned and calibrated at.
+        levels: sparsity -> shift of the gates' threshold that realises it; empty until tuned.
+        tuned: the sparsity asked for at tuning, 0 until then; what `load` uses by default.
+    """
+
+    rank: int = 32
+    protect_first: int = 4
+    protect_recent: int = 8
+    context: int = 512
+    levels: Mapping[float, float] = field(default_factory=dict)
+    tuned: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least("rank", self.rank, 1)
+        check_at_least("protect_first", self.protect_first, 0)
+        check_at_least("protect_recent", self.protect_recent, 1)
+        check_at_least("context", self.context, 2)
+        check_sparsity(self.tuned)
+        levels = {check_sparsity(float(level)): float(s) for level, s in self.levels.items()}
+        object.__setattr__(self, "levels", dict(sorted(levels.items())))
+
+
+@dataclass(frozen=True)
+class TuneConfig(FromMapping):
+    """One fine-tuning run.
+
+    Attributes:
+        sparsity: the level asked for; 0.5 to 0.9 are trained and calibrated beside it.
+        data: training text: .txt/.jsonl(.gz) file, folder, `datasets` name; None: embedded sample.
+        valid: held-out text for calibration; None: embedded sample if `data` is, else the last
+            twentieth of the training windows, which training then leaves out.
+        steps: optimizer steps.
+        train: `gates`, `lora` (gates and LoRA), `full` (gates and all weights), or `dense`: all
+            weights with the gates off, the control that a pruned model is compared with.
+        context: tokens a window. batch_size: windows a micro-batch. accumulate: micro-batches a
+            step.
+        lr, gate_lr: peak learning rates of the weights and of the gates.
+        warmup: share of the steps over which the learning rates rise.
+        ramp: share of the steps over which the trained level rises from 0.
+        penalty: weight of the squared log-ratio of soft kept share to its target.
+        sharpness: factor on the scores at the end, rising from 1, so soft decisions become hard.
+        alpha: alpha of alpha_sigmoid at the end, rising by a cosine from 1 (the paper's schedule).
+        distill: weight in [0, 1] of the divergence from the dense model, against the LM loss.
+        lora_rank: rank of the LoRA matrices.
+        seed: of the data order, the sampled levels and dropout.
+        save_every: steps between two resumable checkpoints.
+        bf16: autocast to bfloat16. checkpointing: recompute activations in the backward pass.
+    """
+
+    sparsity: float = 0.8
+    data: str | None = None
+    valid: str | None = None
+    steps: int = 300
+    train: str = "full"
+    context: int = 512
+    batch_size: int = 2
+    accumulate: int = 1
+    lr: float = 2e-5
+    gate_lr: float = 3e-3
+    warmup: float = 0.05
+    ramp: float = 0.25
+    penalty: float = 1.0
+    sharpness: float = 4.0
+    alpha: float = 1.0
+    distill: float = 0.0
+    lora_rank: int = 16
+    seed: int = 0
+    save_every: int = 50
+    bf16: bool = False
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        if self.sparsity == 0.0 and self.train != "dense":
+            raise CtxpruneError(
+                "sparsity 0 leaves nothing to tune", "give a level such as `--sparsity 0.8`"
+            )
+        choose("value of train", self.train, TRAINABLE)
+        for name in ("steps", "batch_size", "accumulate", "lora_rank", "save_every"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("context", self.context, 16)
+        for name in ("alpha", "sharpness"):
+            check_at_least(name, getattr(self, name), 1.0)
+        for name in ("lr", "gate_lr", "penalty", "warmup", "ramp", "distill"):
+            check_at_least(name, getattr(self, name), 0.0)
+        if self.distill > 1.0:
+            raise CtxpruneError(f"distill is a weight in [0, 1], not {self.distill:g}")

@@ -1,0 +1,37 @@
+"""The errors a user can cause, and the one helper that names near misses.
+
+Anything else that is raised (ValueError, KeyError ...) is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CtxpruneError(Exception):
+    """A mistake of the user: one sentence on what is wrong, and a hint on what to do."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class Interrupted(CtxpruneError):
+    """Work was stopped by the user and can be resumed."""
+
+
+def choose(kind: str, name: str, options: Iterable[str]) -> str:
+    """Return `name` if it is one of `options`.
+
+    Raises:
+        CtxpruneError: naming the nearest option and all of them.
+    """
+    known = sorted(options)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1)
+    meant = f", did you mean `{near[0]}`?" if near else ""
+    listed = ", ".join(f"`{option}`" for option in known)
+    raise CtxpruneError(f"unknown {kind} `{name}`{meant}", f"choose from {listed}")

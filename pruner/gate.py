@@ -1,0 +1,167 @@
+"""The gate: which earlier tokens a query keeps. Pure functions of tensors, and their parameters.
+
+Axes: b batch, q queries, r rows (tokens that may be dropped), n tokens, h heads, d head_dim.
+Scores are `(b, q, r)`: entry [k, j] is what query k thinks of token j; above 0 keeps it. A token
+once dropped stays dropped. Equations: "Dynamic Context Pruning", arXiv 2305.15805, section 3;
+docs/method.md says where we depart from them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _AlphaSigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, alpha: float) -> Tensor:
+        if alpha == 1.5:
+            inner = scores.clamp(-2.0, 2.0)
+            kept = ((inner + (8.0 - inner * inner).sqrt()) / 4.0) ** 2
+            # At the ends the closed form is 1 and 0 only up to rounding.
+            kept = torch.where(scores <= -2.0, 0.0, torch.where(scores >= 2.0, 1.0, kept))
+        elif alpha == 2.0:
+            kept = ((scores + 1.0) / 2.0).clamp(0.0, 1.0)
+        else:
+            kept = _bisect(scores, alpha)
+        ctx.save_for_backward(kept)
+        ctx.alpha = alpha
+        return kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        u, v = kept ** (2.0 - ctx.alpha), (1.0 - kept) ** (2.0 - ctx.alpha)
+        slope = torch.where((kept > 0.0) & (kept < 1.0), u * v / (u + v), torch.zeros_like(kept))
+        return grad * slope, None
+
+
+def _bisect(scores: Tensor, alpha: float) -> Tensor:
+    """Solve p^(a-1) - (1-p)^(a-1) = (a-1) s for p in [0, 1]; the left side rises with p."""
+    power, target = alpha - 1.0, (alpha - 1.0) * scores
+    low, high = torch.zeros_like(scores), torch.ones_like(scores)
+    for _ in range(53 if scores.dtype == torch.float64 else 30):
+        middle = (low + high) / 2.0
+        below = middle**power - (1.0 - middle) ** power < target
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    kept = (low + high) / 2.0
+    return torch.where(target >= 1.0, 1.0, torch.where(target <= -1.0, 0.0, kept))
+
+
+def alpha_sigmoid(scores: Tensor, alpha: float) -> Tensor:
+    """First component of alpha-entmax([s, 0]), any shape, values in [0, 1].
+
+    alpha = 1 is the sigmoid; as alpha grows it becomes the step function s > 0. For alpha > 1 it
+    is exactly 0 or 1, with no gradient, outside |s| < 1 / (alpha - 1).
+    """
+    # Near 1 the general equation is 0 = 0 up to rounding; the sigmoid is its limit.
+    if alpha < 1.0 + 1e-4:
+        return torch.sigmoid(scores)
+    kept: Tensor = _AlphaSigmoid.apply(scores, alpha)
+    return kept
+
+
+def log_survival(scores: Tensor, free: Tensor, alpha: float = 1.0) -> Tensor:
+    """log I[k, j] = sum over queries i in (j, k] of log p[i, j]  (the paper's product, in logs).
+
+    Args:
+        scores: (b, n, n), already multiplied by the sharpness.
+        free: bool, broadcastable to scores; True where query i may drop token j. False elsewhere,
+            and wherever i <= j.
+
+    Returns:
+        (b, n, n), <= 0; 0 where nothing could drop the token yet, so also above the diagonal.
+    """
+    if alpha < 1.0 + 1e-4:
+        log_kept = F.logsigmoid(scores)
+    else:
+        tiny = torch.finfo(scores.dtype).tiny
+        log_kept = alpha_sigmoid(scores, alpha).clamp_min(tiny).log()
+    return torch.where(free, log_kept, torch.zeros_like(scores)).cumsum(dim=-2)
+
+
+def margin(scores: Tensor, free: Tensor) -> Tensor:
+    """m[k, j] = min over queries i in (j, k] of s[i, j]: token j is alive at query k iff m > 0.
+
+    Same arguments as `log_survival`; +inf where nothing could drop the token yet.
+    """
+    return torch.where(free, scores, torch.inf).cummin(dim=-2).values
+
+
+def window_of(sparsity: float, context: int) -> float:
+    """Width w of the local window that drops the share `sparsity` of the pairs j < k < context.
+
+    A query sees min(k, w) earlier tokens: w n - w (w + 1) / 2 pairs of n (n - 1) / 2.
+    """
+    pairs = (1.0 - sparsity) * context * (context - 1) / 2.0
+    half = context - 0.5
+    return half - math.sqrt(max(half * half - 2.0 * pairs, 0.0))
+
+
+def free_pairs(
+    query_position: Tensor, row_position: Tensor, protect_first: int, protect_recent: int
+) -> Tensor:
+    """True where a query may drop a token: neither a sink, nor recent, nor itself, nor later.
+
+    query_position (b, q) and row_position (b, r), int64; returns bool (b, q, r).
+    """
+    age = query_position[..., :, None] - row_position[..., None, :]
+    return (age >= max(protect_recent, 1)) & (row_position[..., None, :] >= protect_first)
+
+
+class Gate(nn.Module):
+    """The parameters of one attention layer's gate, shared by its heads.
+
+    s[k, j] = q_int[k] . k_int[j] / sqrt(r) + slope * log(w / age) + bias + shift
+
+    with age = k - j, and w the width of the local window that has the requested sparsity at the
+    tuned context. The paper's constant beta is thus replaced by a term that makes an untrained
+    gate exactly "sinks + window" at any level; what is learned is where to be better than that.
+    `W_k` starts at zero, so that the content speaks only once it has learned something, as B does
+    in LoRA; `slope` starts at 2, the steepness at which the product over ages is a soft window.
+    """
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(hidden_size, rank, bias=False)
+        self.key = nn.Linear(hidden_size, rank, bias=False)
+        self.slope = nn.Parameter(torch.tensor(2.0))
+        self.bias = nn.Parameter(torch.tensor(0.0))
+        nn.init.normal_(self.query.weight, std=hidden_size**-0.5)
+        nn.init.zeros_(self.key.weight)
+
+    def interact(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Interaction query and key, each (b, n, r), of hidden states (b, n, hidden_size).
+
+        They are computed in the gate's own dtype and rounded to that of the hidden states, in
+        which a row's key is kept; training rounds alike, so that it sees the same decisions.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            wide = hidden.to(self.query.weight.dtype)
+            return self.query(wide).to(hidden.dtype), self.key(wide).to(hidden.dtype)
+
+    def scores(
+        self,
+        query: Tensor,
+        key: Tensor,
+        query_position: Tensor,
+        row_position: Tensor,
+        log_window: float,
+        shift: float,
+    ) -> Tensor:
+        """s (b, q, r), in the gate's dtype, of interaction queries (b, q, rank), keys (b, r, rank).
+
+        Positions are int64, (b, q) and (b, r), counted from the first token of each sequence.
+        """
+        dtype = self.query.weight.dtype
+        with torch.autocast(query.device.type, enabled=False):
+            content = query.to(dtype) @ key.to(dtype).transpose(-1, -2)
+            age = query_position[..., :, None] - row_position[..., None, :]
+            forgetting = log_window - age.clamp_min(1).to(dtype).log()
+            return content * query.shape[-1] ** -0.5 + (
+                self.slope * forgetting + (self.bias + shift)
+            )

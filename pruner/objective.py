@@ -1,0 +1,70 @@
+"""The objective: language modelling or distillation, and the pull towards the asked sparsity.
+
+Pure functions of tensors and step numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ctxprune.pruner.config import TuneConfig
+
+
+def lm_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of every token but the first; logits (b, n, vocab), ids (b, n)."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence in nats from the teacher's next-token distribution."""
+    student = F.log_softmax(logits[:, :-1].flatten(0, 1).float(), dim=-1)
+    target = F.log_softmax(teacher[:, :-1].flatten(0, 1).float(), dim=-1)
+    return F.kl_div(student, target, log_target=True, reduction="batchmean")
+
+
+def sparsity_penalty(kept: Tensor, sparsity: float) -> Tensor:
+    """(log of the soft kept share over its target)^2: the same pull at every level.
+
+    The paper adds gamma times the kept share, which sets no level; this one has its minimum at
+    the level that was asked for.
+    """
+    return (kept.clamp_min(1e-6) / (1.0 - sparsity)).log().square()
+
+
+def progress(step: int, start: float, end: float) -> float:
+    """How far `step` is on the way from start to end, in [0, 1]."""
+    return min(max((step - start) / max(end - start, 1e-9), 0.0), 1.0)
+
+
+def learning_rate_factor(step: int, config: TuneConfig) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    warmup = max(1.0, config.warmup * config.steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.55 + 0.45 * math.cos(math.pi * progress(step, warmup, config.steps))
+
+
+def hardening(step: int, config: TuneConfig) -> tuple[float, float]:
+    """Sharpness and alpha at a step: both wait for the ramp, so sparsity comes before hardness."""
+    start = config.ramp * config.steps
+    share = (1.0 - math.cos(math.pi * progress(step, start, 0.9 * config.steps))) / 2.0
+    return 1.0 + share * (config.sharpness - 1.0), 1.0 + share * (config.alpha - 1.0)
+
+
+def sample_level(step: int, index: int, config: TuneConfig) -> float:
+    """The level that micro-batch `index` of a step is trained at; 0 is dense.
+
+    Four in ten are the level asked for, one in ten is dense, so that the dense end of the dial
+    does not rot (gates alone learn nothing there), and the rest lie anywhere in [0.4, 0.92]. All
+    are scaled down during the ramp. A function of the seed and the step alone: a resumed run draws the same.
+    """
+    draw = random.Random(f"{config.seed}/{step}/{index}")
+    kind = draw.random()
+    if kind < 0.1 and config.train != "gates":
+        return 0.0
+    level = config.sparsity if kind < 0.5 else draw.uniform(0.4, 0.92)
+    return level * progress(step + 1, 0, config.ramp * config.steps)

@@ -1,0 +1,457 @@
+"""The fine-tuning loop: soft survival, sampled levels, checkpoints that resume bit for bit.
+
+While it runs, its state is one safetensors file in `<out>.tuning/`, replaced atomically; `out`
+itself appears when all is done. Data order, levels and dropout depend on the seed and the step
+alone, so a resumed run repeats what an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctxprune.pruner import checkpoint, data
+from ctxprune.pruner import levels as levels_module
+from ctxprune.pruner.attend import SoftAttention
+from ctxprune.pruner.calibrate import calibrate
+from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.engine import Handle, handle_of
+from ctxprune.pruner.errors import CtxpruneError, Interrupted
+from ctxprune.pruner.objective import (
+    distillation_loss,
+    hardening,
+    learning_rate_factor,
+    lm_loss,
+    sample_level,
+    sparsity_penalty,
+)
+
+# Held-out tokens that the levels are calibrated on.
+CALIBRATION_TOKENS = 8192
+STATE = "state.safetensors"
+METRICS = "metrics.jsonl"
+
+OnStep = Callable[[dict[str, Any]], None]
+OnPhase = Callable[[str], None]
+
+
+class Trainee(nn.Module):
+    """Model and gates as one module, whose forward pass is the loss of a micro-batch."""
+
+    def __init__(
+        self, model: PreTrainedModel, handle: Handle, config: TuneConfig, teacher: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.gates = handle.gates
+        self.handle = handle
+        self.config = config
+        self._teacher = [teacher]  # in a list: its weights are not ours to train
+
+    def forward(
+        self, ids: Tensor, level: float, sharpness: float, alpha: float
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Loss and figures of ids (b, n) at a level, 0 being dense."""
+        if level == 0.0:
+            with self.handle.training(None):
+                loss = lm_loss(self.model(ids, use_cache=False).logits, ids)
+            return loss, {"lm_loss": loss.detach()}
+        prune = self.handle.config
+        setting = levels_module.Level(levels_module.prior(level, ids.shape[1]), 0.0)
+        soft = SoftAttention(
+            setting, prune.protect_first, prune.protect_recent, sharpness=sharpness, alpha=alpha
+        )
+        with self.handle.training(soft):
+            logits = self.model(ids, use_cache=False).logits
+        task = lm_loss(logits, ids)
+        kept = torch.stack([soft.kept[layer] for layer in sorted(soft.kept)]).mean()
+        loss = task * (1.0 - self.config.distill)
+        if self.config.distill > 0.0:
+            loss = loss + self.config.distill * distillation_loss(logits, self._teach(ids))
+        loss = loss + self.config.penalty * sparsity_penalty(kept, level)
+        layers = sorted(soft.hard_kept)
+        return loss, {
+            "lm_loss": task.detach(),
+            "target": level,
+            "sparsity_soft": 1.0 - float(kept.detach()),
+            "sparsity_hard": 1.0 - float(sum(soft.hard_kept.values())) / len(layers),
+            "layers_hard": [1.0 - float(soft.hard_kept[layer]) for layer in layers],
+            "layers_live": [float(soft.live[layer]) for layer in layers],
+        }
+
+    @torch.no_grad()
+    def _teach(self, ids: Tensor) -> Tensor:
+        """Logits of the dense model as it was before tuning."""
+        teacher = self._teacher[0]
+        if teacher is not None:
+            logits: Tensor = teacher(ids, use_cache=False).logits
+            return logits
+        with self.handle.training(None):
+            if self.config.train == "lora":
+                with self.model.disable_adapter():  # type: ignore[operator]
+                    return self.model(ids, use_cache=False).logits  # type: ignore[no-any-return]
+            return self.model(ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def tune(
+    folder: Path,
+    out: Path,
+    config: TuneConfig,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    on_step: OnStep | None = None,
+    on_phase: OnPhase | None = None,
+) -> Path:
+    """Fine-tune a converted model to prune, calibrate it, and write it to `out`.
+
+    Args:
+        folder: a converted model. out: folder to make; force: replace it. config: the run.
+        resume: go on from the state that an interrupted run of the same configuration left.
+        on_step: receives each step's figures, those of metrics.jsonl. on_phase: what happens now.
+
+    Raises:
+        CtxpruneError: bad input, divergence, or nothing to resume.
+        Interrupted: after Ctrl-C or SIGTERM, with the state saved.
+    """
+    checkpoint.refuse_existing(out, force=force)
+    work = out.parent / f".{out.name}.tuning"
+    on_phase = on_phase or (lambda _: None)
+    if resume and not (work / STATE).is_file():
+        raise CtxpruneError(
+            f"there is no interrupted run for `{out}` to resume", "leave out `--resume`"
+        )
+    on_phase("loading the model")
+    model = checkpoint.load(folder, sparsity=0.0)
+    handle = handle_of(model)
+    tokenizer = checkpoint.load_tokenizer(folder)
+    _check_context(model, handle, config)
+    on_phase("reading the text")
+    train_windows, valid_windows = _texts(tokenizer, config)
+    teacher = copy.deepcopy(model) if config.distill > 0 and config.train == "full" else None
+    model, parameters = _trainable(model, handle, config)
+    trainee = Trainee(model, handle, config, teacher)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.bf16 else "no",
+        gradient_accumulation_steps=config.accumulate,
+        cpu=handle.gate_list[0].bias.device.type == "cpu",
+    )
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
+    run = _Run(work, folder, config, trainee, optimizer)
+    start = run.restore() if resume else run.begin()
+    prepared, prepared_optimizer = accelerator.prepare(trainee, optimizer)
+    on_phase("tuning")
+    with _stop_signals() as stop:
+        clock, done_here = time.monotonic(), 0
+        for step in range(start, config.steps):
+            figures = _step(
+                step, prepared, prepared_optimizer, accelerator, run, config, train_windows
+            )
+            done_here += 1
+            pace = done_here / (time.monotonic() - clock)
+            tokens = config.context * config.batch_size * config.accumulate
+            figures["tokens_per_s"] = pace * tokens * accelerator.num_processes
+            figures["eta_s"] = (config.steps - step - 1) / pace
+            if accelerator.is_main_process:
+                run.log(figures)
+                if on_step is not None:
+                    on_step(figures)
+                last = step + 1 == config.steps
+                if stop.is_set() or (step + 1) % config.save_every == 0 or last:
+                    run.save(step + 1)
+            if stop.is_set():
+                raise Interrupted(
+                    f"stopped after step {step + 1} of {config.steps}; the state is saved",
+                    "go on with `--resume`",
+                )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _finish(run, model, handle, tokenizer, valid_windows, out, force, on_phase)
+    accelerator.wait_for_everyone()
+    return out
+
+
+def _step(
+    step: int,
+    trainee: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    run: _Run,
+    config: TuneConfig,
+    windows: Tensor,
+) -> dict[str, Any]:
+    """One optimizer step; returns its figures."""
+    factor = learning_rate_factor(step, config)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    sharpness, alpha = hardening(step, config)
+    torch.manual_seed(config.seed * 1_000_003 + step)
+    figures: dict[str, Any] = {}
+    total = 0.0
+    trainee.train()
+    for index in range(config.accumulate):
+        place = index * accelerator.num_processes + accelerator.process_index
+        ids = _batch(windows, step, place, config, accelerator.num_processes)
+        level = 0.0 if config.train == "dense" else sample_level(step, index, config)
+        with accelerator.accumulate(trainee):
+            loss, seen = trainee(ids.to(accelerator.device), level, sharpness, alpha)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trainee.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        total += float(loss.detach()) / config.accumulate
+        figures.update({k: float(v) if isinstance(v, Tensor) else v for k, v in seen.items()})
+    if not math.isfinite(total):
+        raise CtxpruneError(
+            f"the loss is {total} at step {step + 1}: training diverged",
+            "lower `--lr`; the last good state is kept, and `--resume` goes on from it",
+        )
+    return {
+        "step": step + 1,
+        "steps": config.steps,
+        "loss": total,
+        "lr": run.optimizer.param_groups[-1]["lr"],
+        "sharpness": sharpness,
+        "alpha": alpha,
+        **figures,
+    }
+
+
+def _batch(windows: Tensor, step: int, place: int, config: TuneConfig, processes: int) -> Tensor:
+    """Windows of a micro-batch: a new shuffle every epoch, a function of seed and step alone."""
+    first = (step * config.accumulate * processes + place) * config.batch_size
+    chosen = []
+    for number in range(first, first + config.batch_size):
+        epoch, at = divmod(number, len(windows))
+        generator = torch.Generator().manual_seed(config.seed * 7919 + epoch)
+        chosen.append(int(torch.randperm(len(windows), generator=generator)[at]))
+    return windows[chosen]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tensor, Tensor]:
+    """Training windows and held-out windows for calibration."""
+    train = data.windows(tokenizer, data.read_texts(config.data, "tune"), config.context)
+    count = max(4, CALIBRATION_TOKENS // config.context)
+    if config.valid is not None or config.data is None:
+        texts = data.read_texts(config.valid, "calibrate")
+        held = data.windows(tokenizer, texts, config.context)
+        # Spread over the text rather than its beginning.
+        return train, held[torch.linspace(0, len(held) - 1, min(count, len(held))).long()]
+    spare = max(1, len(train) // 20)
+    if len(train) <= spare:
+        raise CtxpruneError(
+            f"the text makes {len(train)} window of {config.context} tokens: none is left to "
+            "calibrate on",
+            "give more text, a smaller `--context`, or a text for `--valid`",
+        )
+    return train[:-spare], train[-spare:][:count]
+
+
+def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if handle.family.bounded and limit is not None and config.context > limit:
+        raise CtxpruneError(
+            f"a context of {config.context} is beyond the {limit} positions of this model",
+            f"use `--context {limit}` or less",
+        )
+    most = levels_module.ceiling(handle.config, config.context)
+    if config.train != "dense" and config.sparsity >= most:
+        raise CtxpruneError(
+            f"sparsity {config.sparsity:g} cannot be reached at a context of {config.context}: the "
+            f"protected tokens leave {most:.2f} at most",
+            "use a longer `--context`, or convert with fewer protected tokens",
+        )
+
+
+def _trainable(
+    model: PreTrainedModel, handle: Handle, config: TuneConfig
+) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    """Freeze what is not trained; returns the model, LoRA wrapped around it or not, and groups."""
+    model.requires_grad_(config.train in ("full", "dense"))
+    handle.gates.requires_grad_(config.train != "dense")
+    if config.train == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        adapter = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank,
+            target_modules=list(handle.family.lora_targets),
+            fan_in_fan_out=model.config.model_type == "gpt2",
+        )
+        torch.manual_seed(config.seed)
+        model = get_peft_model(model, adapter)  # type: ignore[assignment]
+    if config.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+    groups = []
+    gates = [p for p in handle.gates.parameters() if p.requires_grad]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if gates:
+        groups.append({"params": gates, "lr": config.gate_lr, "peak": config.gate_lr})
+    if weights:
+        groups.append({"params": weights, "lr": config.lr, "peak": config.lr})
+    return model, groups
+
+
+def _finish(
+    run: _Run,
+    model: PreTrainedModel,
+    handle: Handle,
+    tokenizer: PreTrainedTokenizerBase,
+    valid: Tensor,
+    out: Path,
+    force: bool,
+    on_phase: OnPhase,
+) -> None:
+    """Merge LoRA, calibrate, write the folder, clear the state away."""
+    config = run.config
+    if config.train == "lora":
+        model = model.merge_and_unload()  # type: ignore[operator]
+    model.train(False)
+    prune = handle.config
+    if config.train != "dense":
+        most = levels_module.ceiling(prune, config.context)
+        asked = [s for s in {*levels_module.STANDARD, config.sparsity} if s < most]
+        shifts = calibrate(model, valid, asked, on_phase)
+        prune = dataclasses.replace(
+            prune, levels=shifts, tuned=config.sparsity, context=config.context
+        )
+    on_phase(f"writing {out}")
+    provenance = checkpoint.read_settings(run.source).get("provenance", {})
+    provenance = {**provenance, "tune": dataclasses.asdict(config)}
+    with checkpoint.staged(out, force=force) as folder:
+        checkpoint.write(folder, model, handle.gates, prune, tokenizer, provenance)
+        shutil.copy(run.work / METRICS, folder / METRICS)
+    shutil.rmtree(run.work)
+
+
+class _Run:
+    """The resumable state of a run, in its working folder."""
+
+    def __init__(
+        self,
+        work: Path,
+        source: Path,
+        config: TuneConfig,
+        trainee: Trainee,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.work = work
+        self.source = source
+        self.config = config
+        self.optimizer = optimizer
+        self._trained = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
+
+    def begin(self) -> int:
+        """Start afresh, at step 0."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        try:
+            self.work.mkdir(parents=True)
+        except OSError as error:
+            raise CtxpruneError(f"`{self.work}` cannot be made: {error.strerror}") from error
+        return 0
+
+    def save(self, step: int) -> None:
+        """Write parameters and optimizer state, replacing the previous file atomically."""
+        tensors = {f"parameter/{n}": p.detach().clone() for n, p in self._trained.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
+        about = {"step": str(step), "run": self._identity()}
+        temporary = self.work / f"{STATE}.tmp"
+        try:
+            save_file(tensors, temporary, metadata=about)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(self.work / STATE)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            if checkpoint.is_disk_full(error):
+                raise CtxpruneError(
+                    f"no space left for the state in `{self.work}`", "free some, then `--resume`"
+                ) from error
+            raise
+
+    def restore(self) -> int:
+        """Load the saved state; returns the number of steps done."""
+        path = self.work / STATE
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CtxpruneError(f"`{path}` is damaged", "start again without `--resume`") from error
+        if about["run"] != self._identity():
+            raise CtxpruneError(
+                "the interrupted run had other settings, so it cannot be resumed with these",
+                "repeat its options exactly, or start again without `--resume`",
+            )
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(tensors[f"parameter/{name}"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        step = int(about["step"])
+        self._cut_log(step)
+        return step
+
+    def log(self, figures: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        with (self.work / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
+
+    def _cut_log(self, step: int) -> None:
+        """Forget the lines of steps that will be done again; the last may be half a line."""
+        path = self.work / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
+        path.write_text("".join(lines), encoding="utf-8")
+
+    def _identity(self) -> str:
+        return json.dumps({"source": str(self.source.resolve()), **dataclasses.asdict(self.config)})
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into an event, so that a step is never cut in half.
+
+    A second Ctrl-C stops at once. Outside the main thread signals are left alone.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def note(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

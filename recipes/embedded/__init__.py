@@ -1,0 +1,1 @@
+"""The embedded checkpoint: its script, its text samples, the weights."""

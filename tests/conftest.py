@@ -1,0 +1,118 @@
+"""Tiny real models and a real tokenizer, made on the spot: no network, width 32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.convert import convert
+
+FAMILIES = ("gpt2", "llama")
+VOCABULARY = 300
+END = "<|endoftext|>"
+
+TEXT = (
+    "It was a bright cold day in the harbour, and the old captain, who had seen many such days, "
+    "walked slowly along the quay with a letter in his hand. The letter was from his sister.\n"
+    "She wrote of the garden, of the two dogs, and of the winter that would not end. "
+)
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(1)
+
+
+def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random model of width 32 with three layers; its attention is sharp enough to matter."""
+    torch.manual_seed(seed)
+    if family == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCABULARY,
+                n_positions=1024,
+                n_embd=32,
+                n_layer=3,
+                n_head=4,
+                initializer_range=0.2,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        ).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            initializer_range=0.2,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on a paragraph."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([TEXT], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END)
+    assert len(fast) <= VOCABULARY
+    return fast
+
+
+@pytest.fixture
+def dense_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Path]:
+    """Make the plain Hugging Face folder of a tiny model."""
+
+    def make(family: str) -> Path:
+        folder = tmp_path / f"dense-{family}"
+        tiny_model(family).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def tiny_folder(dense_folder: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """Make the converted folder of a tiny model."""
+
+    def make(family: str) -> Path:
+        out = tmp_path / f"converted-{family}"
+        return convert(str(dense_folder(family)), out, PruneConfig(rank=8, context=128))
+
+    return make
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A few thousand tokens of text."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"Chapter {n}. {TEXT}" for n in range(60)), encoding="utf-8")
+    return path

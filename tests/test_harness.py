@@ -1,0 +1,146 @@
+"""lm-eval's tasks through the evicting engine, against lm-eval's own model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from ctxprune.evals.harness import PrunedLM, load_tasks, score, task_manager
+from ctxprune.pruner.checkpoint import load, load_tokenizer
+from ctxprune.pruner.errors import CtxpruneError
+
+STORY = "The captain walked slowly along the empty shore and counted the boats. "
+
+
+def write_hellaswag(folder: Path, documents: int = 6) -> None:
+    """Documents of different lengths, so that the batches are padded."""
+    rows = [
+        {
+            "ind": index,
+            "activity_label": "Sailing",
+            "ctx_a": STORY * (1 + index % 3),
+            "ctx_b": "he",
+            "ctx": STORY + "he",
+            "endings": ["sails home.", "counts them once again!", "sleeps.", "eats the boats."],
+            "label": str(index % 4),
+        }
+        for index in range(documents)
+    ]
+    (folder / "hellaswag.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_dense_scores_are_those_of_lm_eval(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, family: str, batch_size: int
+) -> None:
+    write_hellaswag(tmp_path)
+    folder = tiny_folder(family)
+    tasks = load_tasks(["hellaswag"], tmp_path)
+    model = load(folder, sparsity=0.0)
+    ours = score(model, load_tokenizer(folder), tasks["hellaswag"], batch_size=batch_size)
+    lm = HFLM(str(folder), device="cpu", dtype="float32", batch_size=batch_size)
+    output = simple_evaluate(lm, tasks=[tasks["hellaswag"]], task_manager=task_manager())
+    theirs = output["results"]["hellaswag"]
+    assert ours["acc"] == theirs["acc,none"]
+    assert ours["acc_norm"] == theirs["acc_norm,none"]
+    assert ours["stderr"] == theirs["acc_stderr,none"]
+    assert ours["n"] == 6
+    assert ours["sparsity"] == 0.0
+
+    # Six documents give few accuracies: the log-likelihoods themselves must agree to the last bit.
+    requests = [
+        Instance("loglikelihood", {}, (STORY * (1 + n % 3), ending), n)
+        for n, ending in enumerate([" he sails home", " again!", " no", " the boats, one by one"])
+    ]
+    lm_ours = PrunedLM(model, load_tokenizer(folder), batch_size=batch_size, dense=True)
+    assert lm_ours.loglikelihood(requests) == lm.loglikelihood(requests)
+
+
+def test_padding_does_not_count_in_the_sparsity(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    write_hellaswag(tmp_path)
+    folder = tiny_folder("gpt2")
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    task = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
+    alone, batched = (
+        score(model, tokenizer, task, policy="sink", sparsity=0.5, batch_size=batch_size)
+        for batch_size in (1, 5)
+    )
+    assert 0.0 < alone["sparsity"] < 1.0
+    assert batched["sparsity"] == pytest.approx(alone["sparsity"], abs=1e-12)
+
+
+def test_pruned_scores_do_not_depend_on_the_batch(tiny_folder: Callable[[str], Path]) -> None:
+    folder = tiny_folder("llama")
+    model, tokenizer = load(folder, policy="sink", sparsity=0.5), load_tokenizer(folder)
+    requests = [
+        Instance("loglikelihood", {}, (STORY * n, " he sails home"), n) for n in range(1, 4)
+    ]
+    alone, batched = (
+        PrunedLM(model, tokenizer, batch_size=size).loglikelihood(requests) for size in (1, 3)
+    )
+    for (one, _), (other, _) in zip(alone, batched, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    model.ctxprune.use("sink", 0.0)
+    dense = PrunedLM(model, tokenizer, dense=True).loglikelihood(requests)
+    assert abs(dense[2][0] - alone[2][0]) > 1e-4  # it did evict
+
+
+def test_a_text_that_ends_in_token_0_is_not_taken_for_padding(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    folder = tiny_folder("gpt2")
+    model = load(folder, policy="sink", sparsity=0.5)
+    lm = PrunedLM(model, load_tokenizer(folder), batch_size=2)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["attention_mask"].tolist()), with_kwargs=True
+    )
+    long, ends_in_0 = [5] * 40, [5] * 30 + [0]
+    requests = [(("", ""), long, [7]), (("", "x"), ends_in_0, [7])]
+    lm._loglikelihood_tokens(requests)
+    assert seen == [[[1] * 40, [1] * 31 + [0] * 9]]
+
+
+def test_a_level_without_eviction_is_refused(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_hellaswag(tmp_path, documents=1)
+    folder = tiny_folder("gpt2")
+    task = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
+    # As if the engine did not reach the model: every level would repeat the dense scores.
+    monkeypatch.setattr("ctxprune.pruner.engine.Handle.use", lambda *args, **kwargs: None)
+    with pytest.raises(CtxpruneError, match="not one token was evicted on `hellaswag`"):
+        score(load(folder), load_tokenizer(folder), task, policy="sink", sparsity=0.5)
+
+
+def test_unknown_task_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(CtxpruneError, match="unknown task `helaswag`, did you mean `hellaswag`"):
+        load_tasks(["helaswag"])
+
+
+def test_missing_file_in_data_dir(tmp_path: Path) -> None:
+    with pytest.raises(CtxpruneError, match=r"no file .*piqa\.jsonl"):
+        load_tasks(["piqa"], tmp_path)
+
+
+def test_malformed_file_in_data_dir(tmp_path: Path) -> None:
+    (tmp_path / "piqa.jsonl").write_text("not json\n")
+    with pytest.raises(CtxpruneError, match="documents of task `piqa` cannot be read"):
+        load_tasks(["piqa"], tmp_path)
+
+
+def test_offline_without_data_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(CtxpruneError) as caught:
+        load_tasks(["piqa"])
+    assert "--data-dir" in caught.value.hint

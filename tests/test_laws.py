@@ -1,0 +1,278 @@
+"""The invariants: every policy, every family, fp32 and fp64 (docs/architecture.md lists them)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, VOCABULARY, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ctxprune.pruner import policies
+from ctxprune.pruner.attend import SoftAttention
+from ctxprune.pruner.checkpoint import load
+from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.engine import Handle, attach, new_gates
+from ctxprune.pruner.export import export
+from ctxprune.pruner.levels import level_of
+
+POLICIES = policies.names()
+DTYPES = {"float32": (torch.float32, 2e-4), "float64": (torch.float64, 1e-10)}
+LENGTH = 200
+NEVER = torch.iinfo(torch.int64).max
+
+matrix = pytest.mark.parametrize("family", FAMILIES)
+every_policy = pytest.mark.parametrize("policy", POLICIES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def pruning_model(family: str, dtype: str = "float64") -> tuple[PreTrainedModel, Handle]:
+    """A tiny model whose gates decide by content: trained ones would be slower to come by."""
+    model = tiny_model(family).to(DTYPES[dtype][0])  # type: ignore[arg-type]
+    config = PruneConfig(
+        rank=8, protect_first=2, protect_recent=3, context=LENGTH, levels={0.5: 0.5, 0.8: 0.2}
+    )
+    gates = new_gates(model, config).to(torch.float64 if dtype == "float64" else torch.float32)
+    torch.manual_seed(1)
+    for gate in gates:
+        torch.nn.init.normal_(gate.key.weight, std=0.15)
+    return model, attach(model, gates, config)
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    """(batch, length) ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, ids: Tensor, **options: object) -> Tensor:
+    """Logits (b, n, vocabulary) in one pass."""
+    out: Tensor = model(ids, **options).logits
+    return out
+
+
+@torch.no_grad()
+def step_by_step(
+    model: PreTrainedModel, ids: Tensor, handle: Handle
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits token by token, and expires (b, n) a layer."""
+    cache = handle.cache(record=True)
+    steps = [
+        model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+        for t in range(ids.shape[1])
+    ]
+    assert cache.expires is not None
+    return torch.cat(steps, dim=1), cache.expires
+
+
+@matrix
+@every_dtype
+@every_policy
+def test_dropping_nothing_is_the_dense_model(family: str, dtype: str, policy: str) -> None:
+    model, handle = pruning_model(family, dtype)
+    ids = random_ids(2, LENGTH)
+    dense = logits_of(model, ids)
+    handle.use(policy, 0.0)
+    assert torch.equal(logits_of(model, ids), dense)
+    # Through the engine, with decisions that always say "keep".
+    handle.use(policy, 1e-9, context=LENGTH)
+    for gate in handle.gate_list:
+        gate.bias.data.fill_(1e6)
+    with handle.measure() as usage:
+        engine = logits_of(model, ids)
+    assert usage.evicted == 0
+    torch.testing.assert_close(engine, dense, atol=DTYPES[dtype][1], rtol=0)
+
+
+@matrix
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_dropping_nothing_is_the_dense_model_with_padding(family: str, side: str) -> None:
+    model, handle = pruning_model(family)
+    ids = random_ids(3, 60)
+    mask = torch.ones_like(ids)
+    mask[1, :25], mask[2, :59] = 0, 0
+    if side == "right":
+        mask = mask.flip(1)
+    dense = logits_of(
+        model, ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)
+    )
+    handle.use("window", 1e-9, context=60)
+    engine = logits_of(model, ids, attention_mask=mask)
+    torch.testing.assert_close(engine[mask == 1], dense[mask == 1], atol=1e-10, rtol=0)
+
+
+@matrix
+@every_dtype
+@every_policy
+def test_one_pass_is_token_by_token_is_any_block(family: str, dtype: str, policy: str) -> None:
+    model, handle = pruning_model(family, dtype)
+    handle.use(policy, 0.7, context=LENGTH)
+    ids = random_ids(2, LENGTH)
+    with handle.measure() as usage:
+        whole = logits_of(model, ids)
+    assert 0.3 < usage.sparsity < 0.95
+    stepped, expires = step_by_step(model, ids, handle)
+    torch.testing.assert_close(stepped, whole, atol=DTYPES[dtype][1], rtol=0)
+    for block in (1, 7, 1000):
+        handle.block = block
+        cache = handle.cache(record=True)
+        again = logits_of(model, ids, past_key_values=cache)
+        torch.testing.assert_close(again, whole, atol=DTYPES[dtype][1], rtol=0)
+        assert cache.expires is not None
+        for layer, expected in enumerate(expires):
+            assert torch.equal(cache.expires[layer], expected)
+
+
+@matrix
+def test_training_with_hard_decisions_is_inference(family: str) -> None:
+    model, handle = pruning_model(family)
+    handle.use("gate", 0.7)
+    ids = random_ids(2, LENGTH)
+    with handle.measure() as usage:
+        cache = handle.cache(record=True)
+        engine = logits_of(model, ids, past_key_values=cache)
+    soft = SoftAttention(level_of(handle.config, 0.7), 2, 3, hard=True)
+    soft.margins = {}
+    with handle.training(soft):
+        parallel = logits_of(model, ids, use_cache=False)
+    torch.testing.assert_close(parallel, engine, atol=1e-10, rtol=0)
+    realised = 1 - float(sum(soft.hard_kept.values())) / len(soft.hard_kept)
+    assert realised == pytest.approx(usage.sparsity, abs=1e-6)
+    # `expires` is the first query at which the margin is not above 0.
+    assert cache.expires is not None
+    for layer, least in soft.margins.items():
+        gone = (least <= 0) & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+        first = torch.where(gone.any(dim=1), gone.int().argmax(dim=1), NEVER)
+        assert torch.equal(cache.expires[layer], first)
+
+
+@matrix
+def test_soft_attention_hardens_to_inference(family: str) -> None:
+    model, handle = pruning_model(family)
+    ids = random_ids(2, 80)
+    level = level_of(handle.config, 0.7)
+    handle.use("gate", 0.7)
+    hard = logits_of(model, ids)
+    distances = []
+    for sharpness in (1.0, 30.0, 1e6):
+        with handle.training(SoftAttention(level, 2, 3, sharpness=sharpness)):
+            distances.append(float((logits_of(model, ids, use_cache=False) - hard).abs().max()))
+    assert distances[0] > distances[2]
+    assert distances[2] < 1e-3
+
+
+@matrix
+@every_policy
+def test_a_dropped_row_is_gone(family: str, policy: str) -> None:
+    model, handle = pruning_model(family)
+    handle.use(policy, 0.8, context=LENGTH)
+    ids = random_ids(2, LENGTH)
+    cache = handle.cache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True)
+    dense_bytes = 2 * 2 * LENGTH * model.config.num_hidden_layers * 8
+    dense_bytes *= model.config.hidden_size if family == "gpt2" else 16
+    assert cache.nbytes < 0.75 * dense_bytes
+    before = cache.nbytes
+    # Free slots hold the remains of evicted rows: whatever stands there must not matter.
+    for table in cache.tables():
+        assert int((~table.valid).sum()) > 0
+        for column in table.columns.values():
+            free = ~table.valid[:, None, :, None].expand_as(column)
+            column[free] = 1e3 * torch.randn(int(free.sum()), dtype=column.dtype)
+    more = random_ids(2, 12, seed=3)
+    with torch.no_grad():
+        poisoned = model(more, past_key_values=cache, use_cache=True).logits
+    whole = logits_of(model, torch.cat([ids, more], dim=1))[:, LENGTH:]
+    torch.testing.assert_close(poisoned, whole, atol=1e-10, rtol=0)
+    assert before == pytest.approx(cache.nbytes, rel=0.5)
+
+
+@matrix
+@every_policy
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_ragged_batch_is_each_text_alone(family: str, policy: str, side: str) -> None:
+    model, handle = pruning_model(family)
+    handle.use(policy, 0.7, context=LENGTH)
+    lengths = (LENGTH, 131, 40)
+    ids = random_ids(3, LENGTH)
+    mask = torch.zeros_like(ids)
+    for b, length in enumerate(lengths):
+        mask[b, -length:] = 1
+    if side == "right":
+        mask = mask.flip(1)
+    with handle.measure() as usage:
+        together = logits_of(model, ids, attention_mask=mask)
+    with handle.measure() as apart:
+        for b, _ in enumerate(lengths):
+            own = mask[b] == 1
+            alone = logits_of(model, ids[b : b + 1, own])[0]
+            torch.testing.assert_close(together[b, own], alone, atol=1e-10, rtol=0)
+    assert (usage.pairs, usage.evicted) == (apart.pairs, apart.evicted)
+
+
+@matrix
+@every_policy
+def test_generating_is_scoring(family: str, policy: str) -> None:
+    model, handle = pruning_model(family)
+    handle.use(policy, 0.7, context=LENGTH)
+    prompts = random_ids(2, 50)
+    mask = torch.ones_like(prompts)
+    mask[1, :20] = 0
+    out = model.generate(
+        prompts, attention_mask=mask, max_new_tokens=120, do_sample=False, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    full = torch.cat([mask, torch.ones(2, 120, dtype=mask.dtype)], dim=1)
+    scored = logits_of(model, out, attention_mask=full)[:, 49:-1].argmax(dim=-1)
+    assert torch.equal(scored, out[:, 50:])
+    assert handle.last_cache is not None and handle.last_cache.sparsity > 0.3
+
+
+@matrix
+def test_beams_keep_their_rows(family: str) -> None:
+    model, handle = pruning_model(family)
+    handle.use("gate", 0.7)
+    out = model.generate(
+        random_ids(2, 30), max_new_tokens=40, num_beams=3, do_sample=False, eos_token_id=None,
+        pad_token_id=0, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    chosen = logits_of(model, out.sequences)[:, 29:-1].log_softmax(dim=-1)
+    total = chosen.gather(2, out.sequences[:, 30:, None]).sum(dim=(1, 2))
+    torch.testing.assert_close(out.sequences_scores.double() * 40, total, atol=1e-3, rtol=0)
+
+
+@matrix
+def test_a_long_run_stays_right(family: str) -> None:
+    """Growth, slot reuse and compaction over a thousand single steps."""
+    model, handle = pruning_model(family)
+    handle.use("gate", 0.8)
+    ids = random_ids(2, 1000)
+    stepped, _ = step_by_step(model, ids, handle)
+    torch.testing.assert_close(stepped, logits_of(model, ids), atol=1e-10, rtol=0)
+
+
+@matrix
+def test_convert_save_load_export_load_is_exact(
+    family: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    converted = tiny_folder(family)
+    first = load(converted)
+    second = load(export(converted, tmp_path / "exported", force=True))
+    original = tiny_model(family).state_dict()
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, original[name])
+        assert torch.equal(tensor, second.state_dict()[name])
+    gates, again = first.ctxprune.gates.state_dict(), second.ctxprune.gates.state_dict()
+    assert set(gates) == {
+        f"{layer}.{name}"
+        for layer in range(3)
+        for name in ("query.weight", "key.weight", "slope", "bias")
+    }
+    assert all(torch.equal(gates[name], again[name]) for name in gates)
+    ids = random_ids(1, 50)
+    assert torch.equal(logits_of(first, ids), logits_of(second, ids))

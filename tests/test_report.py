@@ -1,0 +1,68 @@
+"""Tables and plot of results."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ctxprune.evals.report import markdown, plot, rich_table
+
+
+def result(model: str, policy: str, points: list[tuple[float, float, float]]) -> dict[str, Any]:
+    """An evaluation with (requested, realised, perplexity) points."""
+    task = {"acc": 0.42, "acc_norm": 0.45, "stderr": 0.049, "sparsity": 0.31, "n": 100}
+    levels = [
+        {
+            "sparsity_requested": requested,
+            "sparsity": realised,
+            "cache_sparsity": realised,
+            "perplexity": value,
+            "tokens": 51100,
+            "tasks": {"hellaswag": task} if requested else {},
+        }
+        for requested, realised, value in points
+    ]
+    return {"model": model, "policy": policy, "context": 512, "levels": levels}
+
+
+RESULTS = [
+    result("runs/tuned", "gate", [(0.0, 0.0, 30.1), (0.8, 0.79, 32.3)]),
+    result("runs/tuned", "window", [(0.8, 0.8, 220.0)]),
+    result("runs/control", "gate", [(0.0, 0.0, 29.7)]),
+]
+
+
+def test_markdown_has_a_row_per_level() -> None:
+    lines = markdown(RESULTS).splitlines()
+    assert lines[0] == (
+        "| model | policy | requested | sparsity | cache sparsity | perplexity "
+        "| hellaswag acc | hellaswag acc_norm | hellaswag sparsity |"
+    )
+    assert lines[2:6] == [
+        "| tuned | dense | 0 | 0.000 | 0.000 | 30.10 |  |  |  |",
+        "| tuned | gate | 0.8 | 0.790 | 0.790 | 32.30 | 0.420 ± 0.049 | 0.450 | 0.310 |",
+        "| tuned | window | 0.8 | 0.800 | 0.800 | 220.00 | 0.420 ± 0.049 | 0.450 | 0.310 |",
+        "| control | dense | 0 | 0.000 | 0.000 | 29.70 |  |  |  |",
+    ]
+    assert lines[-1] == "Perplexity at context 512, on 51,100 tokens"
+
+
+def test_rich_table_has_the_same_rows() -> None:
+    table = rich_table(RESULTS)
+    assert table.row_count == 4
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    assert capture.get().count("0.420 ± 0.049") == 2
+
+
+def test_plot_is_a_png(tmp_path: Path) -> None:
+    path = tmp_path / "perplexity.png"
+    plot(RESULTS, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_of_a_dense_model_alone(tmp_path: Path) -> None:
+    path = tmp_path / "perplexity.png"
+    plot(RESULTS[2:], path)
+    assert path.exists()
