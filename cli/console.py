@@ -15,7 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ctxprune.pruner.errors import CtxpruneError
 
-out = Console()
+# In a pipe there is no width to fit: a table keeps its columns whole.
+out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
 
 

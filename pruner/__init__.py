@@ -3,6 +3,20 @@
 `load(folder)` gives a transformers model that prunes its own context; see docs/architecture.md.
 """
 
-from ctxprune.pruner.checkpoint import load
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctxprune.pruner.checkpoint import load
 
 __all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that the command line can name errors and options without importing torch.
+    if name == "load":
+        from ctxprune.pruner import checkpoint
+
+        return checkpoint.load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ class PrunedLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.table = Table()
         self.seen = 0
 

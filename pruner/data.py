@@ -21,8 +21,8 @@ def read_texts(source: str | None, split: str = "tune") -> list[str]:
 
     Args:
         source: a .txt or .jsonl file (one `{"text": ...}` a line), gzipped or not; a folder of
-            such files; a name for `datasets.load_dataset`; None: the embedded public-domain
-            sample called `split` (`tune`, `calibrate` or `eval`).
+            such files; a name for `datasets`, with `:config` behind it or not; None: the embedded
+            public-domain sample called `split` (`tune`, `calibrate` or `eval`).
 
     Raises:
         CtxpruneError: no such source, or one without text.
@@ -70,8 +70,9 @@ def _lines(text: str, source: str) -> list[str]:
 def _from_hub(name: str) -> list[str]:
     from datasets import load_dataset
 
+    path, _, config = name.partition(":")
     try:
-        return [str(row["text"]) for row in load_dataset(name, split="train")]
+        return [str(row["text"]) for row in load_dataset(path, config or None, split="train")]
     except KeyError as error:
         raise CtxpruneError(f'the dataset `{name}` has no field "text"') from error
     except Exception as error:  # the library raises many kinds for "not there" and "no network"

@@ -61,7 +61,7 @@ def alpha_sigmoid(scores: Tensor, alpha: float) -> Tensor:
     # Near 1 the general equation is 0 = 0 up to rounding; the sigmoid is its limit.
     if alpha < 1.0 + 1e-4:
         return torch.sigmoid(scores)
-    kept: Tensor = _AlphaSigmoid.apply(scores, alpha)
+    kept: Tensor = _AlphaSigmoid.apply(scores, alpha)  # type: ignore[no-untyped-call]
     return kept
 
 
@@ -162,6 +162,5 @@ class Gate(nn.Module):
             content = query.to(dtype) @ key.to(dtype).transpose(-1, -2)
             age = query_position[..., :, None] - row_position[..., None, :]
             forgetting = log_window - age.clamp_min(1).to(dtype).log()
-            return content * query.shape[-1] ** -0.5 + (
-                self.slope * forgetting + (self.bias + shift)
-            )
+            scores: Tensor = content * query.shape[-1] ** -0.5
+            return scores + (self.slope * forgetting + (self.bias + shift))

@@ -60,7 +60,8 @@ def sample_level(step: int, index: int, config: TuneConfig) -> float:
 
     Four in ten are the level asked for, one in ten is dense, so that the dense end of the dial
     does not rot (gates alone learn nothing there), and the rest lie anywhere in [0.4, 0.92]. All
-    are scaled down during the ramp. A function of the seed and the step alone: a resumed run draws the same.
+    are scaled down during the ramp. It is a function of the seed and the step alone, so that a
+    resumed run draws the same.
     """
     draw = random.Random(f"{config.seed}/{step}/{index}")
     kind = draw.random()

@@ -300,8 +300,8 @@ def _trainable(
         torch.manual_seed(config.seed)
         model = get_peft_model(model, adapter)  # type: ignore[assignment]
     if config.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
-        model.enable_input_require_grads()  # type: ignore[no-untyped-call]
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     groups = []
     gates = [p for p in handle.gates.parameters() if p.requires_grad]
     weights = [p for p in model.parameters() if p.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,3 +117,30 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("\n".join(f"Chapter {n}. {TEXT}" for n in range(60)), encoding="utf-8")
     return path
+
+
+STORY = "The captain walked slowly along the empty shore and counted the boats. "
+
+
+def write_tasks(folder: Path, documents: int = 6) -> None:
+    """HellaSwag and PIQA documents of different lengths, so that the batches are padded."""
+    endings = ["sails home.", "counts them once again!", "sleeps.", "eats the boats."]
+    hellaswag, piqa = [], []
+    for index in range(documents):
+        story = STORY * (1 + index % 3)
+        context = {"ctx_a": story, "ctx_b": "he", "ctx": STORY + "he"}
+        about = {"ind": index, "activity_label": "Sailing", "label": str(index % 4)}
+        hellaswag.append(about | context | {"endings": endings})
+        solutions = {"sol1": "Count them.", "sol2": "Eat them all at once.", "label": index % 2}
+        piqa.append({"goal": f"How does one count boats? {story}"} | solutions)
+    for name, rows in (("hellaswag", hellaswag), ("piqa", piqa)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path) -> Path:
+    """A folder for `--data-dir`."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    write_tasks(folder)
+    return folder

@@ -1,10 +1,10 @@
 """lm-eval's tasks through the evicting engine, against lm-eval's own model."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import STORY, write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -13,32 +13,13 @@ from ctxprune.evals.harness import PrunedLM, load_tasks, score, task_manager
 from ctxprune.pruner.checkpoint import load, load_tokenizer
 from ctxprune.pruner.errors import CtxpruneError
 
-STORY = "The captain walked slowly along the empty shore and counted the boats. "
-
-
-def write_hellaswag(folder: Path, documents: int = 6) -> None:
-    """Documents of different lengths, so that the batches are padded."""
-    rows = [
-        {
-            "ind": index,
-            "activity_label": "Sailing",
-            "ctx_a": STORY * (1 + index % 3),
-            "ctx_b": "he",
-            "ctx": STORY + "he",
-            "endings": ["sails home.", "counts them once again!", "sleeps.", "eats the boats."],
-            "label": str(index % 4),
-        }
-        for index in range(documents)
-    ]
-    (folder / "hellaswag.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_dense_scores_are_those_of_lm_eval(
     tiny_folder: Callable[[str], Path], tmp_path: Path, family: str, batch_size: int
 ) -> None:
-    write_hellaswag(tmp_path)
+    write_tasks(tmp_path)
     folder = tiny_folder(family)
     tasks = load_tasks(["hellaswag"], tmp_path)
     model = load(folder, sparsity=0.0)
@@ -64,7 +45,7 @@ def test_dense_scores_are_those_of_lm_eval(
 def test_padding_does_not_count_in_the_sparsity(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    write_hellaswag(tmp_path)
+    write_tasks(tmp_path)
     folder = tiny_folder("gpt2")
     model, tokenizer = load(folder), load_tokenizer(folder)
     task = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
@@ -111,7 +92,7 @@ def test_a_text_that_ends_in_token_0_is_not_taken_for_padding(
 def test_a_level_without_eviction_is_refused(
     tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_hellaswag(tmp_path, documents=1)
+    write_tasks(tmp_path, documents=1)
     folder = tiny_folder("gpt2")
     task = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
     # As if the engine did not reach the model: every level would repeat the dense scores.

@@ -1,0 +1,136 @@
+"""The command line: help without torch, bad input as one sentence and exit code 2, the main job."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Make = Callable[[str], Path]
+COMMANDS = ("convert", "tune", "eval", "export", "generate", "run", "info")
+
+
+def ctxprune(
+    *arguments: str, cwd: Path, code: int = 0, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does, and check its exit code."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ctxprune.cli.main", *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **env},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    if code == 2:
+        assert "Traceback" not in done.stderr
+    return done
+
+
+def test_help_needs_no_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from ctxprune.cli.main import app\n"
+        "for name in sys.argv[1:]:\n"
+        "    result = CliRunner().invoke(app, [name, '--help'])\n"
+        "    assert result.exit_code == 0 and 'Examples' in result.output, name\n"
+        "assert not {'torch', 'transformers', 'lm_eval'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, *COMMANDS], check=True, cwd=tmp_path)
+
+
+def test_the_three_lines(
+    dense_folder: Make, text_file: Path, tmp_path: Path, task_folder: Path
+) -> None:
+    """The interface, verbatim but for a local model, a text, and few steps."""
+    model = str(dense_folder("gpt2"))
+    ctxprune("convert", model, "--out", "./m", cwd=tmp_path)
+    quick = ["--data", str(text_file), "--steps", "4", "--context", "128", "--sparsity", "0.8"]
+    tuned = ctxprune("tune", *quick, cwd=tmp_path)
+    assert "model: m" in tuned.stderr and "0.8" in tuned.stderr
+    done = ctxprune(
+        "eval", "--tasks", "hellaswag,piqa", "--data-dir", str(task_folder), "--limit", "2",
+        "--sparsity", "0,0.8", "--context", "128", "--text", str(text_file), "--tokens", "2048",
+        "--json", "r.json", cwd=tmp_path,
+    )  # fmt: skip
+    assert "model: m-tuned" in done.stderr and "perplexity" in done.stdout
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert [level["sparsity_requested"] for level in results["levels"]] == [0.0, 0.8]
+    assert set(results["levels"][1]["tasks"]) == {"hellaswag", "piqa"}
+    again = ctxprune(
+        "eval", "--sparsity", "0.8", "--context", "128", "--text", str(text_file), "--tokens",
+        "2048", cwd=tmp_path,
+    )  # fmt: skip
+    assert "already done" in again.stderr
+    about = json.loads(ctxprune("info", "m-tuned", "--json", cwd=tmp_path).stdout)
+    assert about["tuned_sparsity"] == 0.8 and about["model_type"] == "gpt2"
+    ctxprune("export", "--out", "card", "--results", "r.json", cwd=tmp_path)
+    assert "| 0.8 |" in (tmp_path / "card" / "README.md").read_text()
+    spoken = ctxprune("generate", "--max-new-tokens", "40", "It was a bright day", cwd=tmp_path)
+    assert spoken.stdout.startswith("It was a bright day") and "forgotten" in spoken.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tune", "--sparsity", "0.8"], "no current model"),
+        (["eval", "--sparsity", "0.8"], "no current model"),
+        (["tune", "--model", "none", "--sparsity", "0.8"], "there is no folder `none`"),
+        (["tune", "--sparsity", "1.5"], "outside [0, 1)"),
+        (["eval", "--model", "none", "--sparsity", "a"], "not a list of numbers"),
+        (["eval", "--model", ".", "--policy", "gat"], "did you mean `gate`"),
+        (["convert", "./none", "--out", "o"], "does not exist"),
+        (["run", "dmo"], "did you mean `demo`"),
+        (["info", "."], "was not converted"),
+        (["generate", "--model", ".", " "], "the prompt is empty"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = ctxprune(*arguments, cwd=tmp_path, code=2)
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert [f for f in tmp_path.iterdir() if f.name != ".ctxprune"] == []
+
+
+def test_unknown_tasks_are_named(tiny_folder: Make, text_file: Path, tmp_path: Path) -> None:
+    folder = str(tiny_folder("gpt2"))
+    done = ctxprune(
+        "eval", "--model", folder, "--tasks", "hellaswagg", "--text", str(text_file),
+        cwd=tmp_path, code=2,
+    )  # fmt: skip
+    assert "hellaswag" in done.stderr
+
+
+def test_the_hub_offline_is_one_sentence(tmp_path: Path) -> None:
+    done = ctxprune("convert", "gpt2", "--out", "./m", cwd=tmp_path, code=2, HF_HUB_OFFLINE="1")
+    assert "could not be fetched from the hub" in done.stderr
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_missed_expectation_exits_with_1(
+    dense_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        f"""
+steps:
+  - name: converted
+    convert: {{source: "{dense_folder("llama")}"}}
+  - name: measured
+    eval: {{model: converted, text: "{text_file}", context: 128, tokens: 1024, sparsity: [0]}}
+expect:
+  - measured 0 perplexity <= 1.0
+"""
+    )
+    done = ctxprune("run", str(recipe), cwd=tmp_path, code=1)
+    assert "MISSED measured 0 perplexity <= 1.0" in done.stderr
+    again = ctxprune("run", str(recipe), cwd=tmp_path, code=1)
+    assert again.stderr.count("already done") == 2

@@ -1,0 +1,219 @@
+"""Tuning: it learns, it resumes bit for bit, it never leaves half a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ctxprune.pruner import data
+from ctxprune.pruner.calibrate import TOLERANCE
+from ctxprune.pruner.checkpoint import GATES, load, load_tokenizer, read_config
+from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.engine import handle_of
+from ctxprune.pruner.errors import CtxpruneError, Interrupted
+from ctxprune.pruner.objective import hardening, learning_rate_factor, sample_level
+from ctxprune.pruner.tune import METRICS, STATE, tune
+
+Make = Callable[[str], Path]
+
+SMALL = TuneConfig(sparsity=0.7, steps=6, context=128, batch_size=2, save_every=2, lr=1e-3)
+
+
+def run_config(text: Path, **changes: object) -> TuneConfig:
+    """A few steps on a text file."""
+    return dataclasses.replace(SMALL, data=str(text), **changes)  # type: ignore[arg-type]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Gates and weights of a folder."""
+    return load_file(folder / GATES) | load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("train", ["gates", "lora", "full", "dense"])
+def test_what_is_trained_changes_and_nothing_else(
+    tiny_folder: Make, text_file: Path, tmp_path: Path, family: str, train: str
+) -> None:
+    folder = tiny_folder(family)
+    before = weights_of(folder)
+    out = tune(folder, tmp_path / "out", run_config(text_file, train=train, distill=0.5))
+    after = weights_of(out)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    gates = set(load_file(folder / GATES))
+    assert bool(changed & gates) == (train != "dense")
+    assert bool(changed - gates) == (train != "gates")
+    lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    if train != "dense":
+        pruned = [line for line in lines if "layers_live" in line]
+        assert pruned and all(len(line["layers_live"]) == 3 for line in pruned)
+        assert all(live > 0.0 for line in pruned for live in line["layers_live"])
+
+
+def test_the_first_step_starts_from_the_dense_loss(
+    tiny_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    folder = tiny_folder("gpt2")
+    figures: list[dict[str, float]] = []
+    tune(folder, tmp_path / "out", run_config(text_file, train="dense"), on_step=figures.append)
+    model = load(folder)
+    texts = data.read_texts(str(text_file))
+    windows = data.windows(load_tokenizer(folder), texts, 128)
+    with torch.no_grad():
+        losses = [float(model(w[None], labels=w[None]).loss) for w in windows]
+    assert min(losses) - 0.2 < figures[0]["lm_loss"] < max(losses) + 0.2
+
+
+def test_calibration_realises_its_levels(
+    tiny_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    out = tune(tiny_folder("llama"), tmp_path / "out", run_config(text_file, valid=str(text_file)))
+    config = read_config(out)
+    assert config.tuned == 0.7 and config.context == 128
+    assert list(config.levels) == [0.5, 0.6, 0.7, 0.8]  # 0.9 is out of reach: 11 of 127 protected
+    model = load(out)
+    windows = data.windows(load_tokenizer(out), data.read_texts(str(text_file)), 128)
+    chosen = windows[torch.linspace(0, len(windows) - 1, min(64, len(windows))).long()]
+    for level in config.levels:
+        handle_of(model).use("gate", level)
+        with handle_of(model).measure() as usage, torch.no_grad():
+            model(chosen)
+        assert usage.sparsity == pytest.approx(level, abs=5 * TOLERANCE)
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    tiny_folder: Make, text_file: Path, tmp_path: Path, train: str
+) -> None:
+    folder = tiny_folder("gpt2")
+    config = run_config(text_file, train=train, accumulate=2)
+    whole = tune(folder, tmp_path / "whole", config)
+
+    def stop_at_three(figures: dict[str, float]) -> None:
+        if figures["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="step 3 of 6"):
+        tune(folder, tmp_path / "parts", config, on_step=stop_at_three)
+    assert not (tmp_path / "parts").exists()
+    parts = tune(folder, tmp_path / "parts", config, resume=True)
+    expected, actual = weights_of(whole), weights_of(parts)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert read_config(whole) == read_config(parts)
+    assert not (tmp_path / ".parts.tuning").exists()
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.tune import tune
+torch.set_num_threads(1)
+folder, out, text, resume = sys.argv[1:]
+config = TuneConfig(sparsity=0.7, steps=40, context=128, save_every=3, lr=1e-3, data=text)
+tune(Path(folder), Path(out), config, resume=resume == "resume")
+"""
+
+
+def test_a_killed_run_resumes_bit_for_bit(
+    tiny_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    folder = str(tiny_folder("llama"))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-c", SCRIPT, folder]
+    subprocess.run([*command, str(whole), str(text_file), "fresh"], check=True)
+    process = subprocess.Popen([*command, str(killed), str(text_file), "fresh"])
+    state = tmp_path / ".killed.tuning" / STATE
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert state.exists() and not killed.exists()
+    subprocess.run([*command, str(killed), str(text_file), "resume"], check=True)
+    expected, actual = weights_of(whole), weights_of(killed)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    lines = (killed / METRICS).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 41))
+
+
+def test_resuming_needs_the_same_run(tiny_folder: Make, text_file: Path, tmp_path: Path) -> None:
+    folder = tiny_folder("gpt2")
+    with pytest.raises(CtxpruneError, match="no interrupted run"):
+        tune(folder, tmp_path / "out", run_config(text_file), resume=True)
+
+    def stop(_: dict[str, float]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        tune(folder, tmp_path / "out", run_config(text_file), on_step=stop)
+    with pytest.raises(CtxpruneError, match="other settings"):
+        tune(folder, tmp_path / "out", run_config(text_file, lr=2e-3), resume=True)
+
+
+def test_divergence_stops_with_a_clear_message(
+    tiny_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    config = run_config(text_file, lr=1e30, train="dense")
+    with pytest.raises(CtxpruneError, match="diverged"):
+        tune(tiny_folder("gpt2"), tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_schedules() -> None:
+    config = dataclasses.replace(SMALL, steps=100, alpha=2.0)
+    rates = [learning_rate_factor(step, config) for step in range(100)]
+    assert rates[0] < 0.2 and max(rates) <= 1.0 and rates[-1] < 0.11
+    assert hardening(0, config) == (1.0, 1.0) and hardening(99, config) == (4.0, 2.0)
+    levels = [sample_level(step, 0, config) for step in range(400)]
+    assert levels == [sample_level(step, 0, config) for step in range(400)]
+    assert levels[0] <= 0.1 and max(levels) <= 0.92
+    assert 0.02 < sum(level == 0 for level in levels) / 400 < 0.2
+    gates = dataclasses.replace(config, train="gates")
+    assert all(sample_level(step, 0, gates) > 0 for step in range(400))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, "outside"),
+        ({"sparsity": -0.1}, "outside"),
+        ({"sparsity": 0.0}, "nothing to tune"),
+        ({"train": "some"}, "unknown value of train"),
+        ({"steps": 0}, "at least 1"),
+        ({"distill": 2.0}, "weight in"),
+        ({"sparsty": 0.8}, "did you mean `sparsity`"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(CtxpruneError, match=message):
+        TuneConfig.from_mapping(options, "a test")
+
+
+def test_texts_that_will_not_do(tiny_folder: Make, text_file: Path, tmp_path: Path) -> None:
+    folder, out = tiny_folder("gpt2"), tmp_path / "out"
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    with pytest.raises(CtxpruneError, match="less than one window"):
+        tune(folder, out, run_config(short))
+    short.write_text("  \n")
+    with pytest.raises(CtxpruneError, match="no text"):
+        tune(folder, out, run_config(short))
+    with pytest.raises(CtxpruneError, match="does not exist"):
+        tune(folder, out, run_config(tmp_path / "none.txt"))
+    with pytest.raises(CtxpruneError, match="cannot be reached"):
+        tune(folder, out, run_config(text_file, sparsity=0.95))
+    with pytest.raises(CtxpruneError, match="positions"):
+        tune(folder, out, run_config(text_file, context=2048))
+    assert not out.exists()
