@@ -1,7 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test check demo
+COMMANDS := convert tune eval export generate run info
+
+.PHONY: setup test check demo docs
 
 setup: .venv/ready
 
@@ -21,3 +23,12 @@ test check: setup
 
 demo: setup
 	$(BIN)/ctxprune run demo --out runs/demo
+
+# The pages of docs/commands; a test fails if they drift from --help.
+docs: setup
+	mkdir -p docs/commands
+	for name in $(COMMANDS); do \
+		{ printf '# ctxprune %s\n\n```text' $$name; \
+		COLUMNS=100 NO_COLOR=1 $(BIN)/ctxprune $$name --help | sed 's/ *$$//'; \
+		printf '```\n'; } > docs/commands/$$name.md; \
+	done

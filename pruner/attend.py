@@ -172,16 +172,16 @@ def soft_attend(
     scores = gate.scores(*interaction, position, position, soft.level.log_window, soft.level.shift)
     causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
     pairs = hidden.shape[0] * length * (length - 1) / 2
+    least = margin(scores, free)
     with torch.no_grad():
-        least = margin(scores, free)
         alive = (least > 0) & causal
         soft.hard_kept[layer] = (alive.sum() - hidden.shape[0] * length) / pairs
         if soft.margins is not None:
-            soft.margins[layer] = least
+            soft.margins[layer] = least.detach()
     if soft.hard:
         bias = torch.zeros_like(scores).masked_fill(~alive, -torch.inf)
     else:
-        log_kept = log_survival(scores * soft.sharpness, free, soft.alpha)
+        log_kept = log_survival(least * soft.sharpness, soft.alpha)
         survived = log_kept.exp().masked_fill(~causal, 0.0)
         soft.kept[layer] = (survived.sum() - hidden.shape[0] * length) / pairs
         with torch.no_grad():

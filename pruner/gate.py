@@ -65,31 +65,32 @@ def alpha_sigmoid(scores: Tensor, alpha: float) -> Tensor:
     return kept
 
 
-def log_survival(scores: Tensor, free: Tensor, alpha: float = 1.0) -> Tensor:
-    """log I[k, j] = sum over queries i in (j, k] of log p[i, j]  (the paper's product, in logs).
+def margin(scores: Tensor, free: Tensor) -> Tensor:
+    """m[k, j] = min over queries i in (j, k] of s[i, j]: token j is alive at query k iff m > 0.
 
     Args:
-        scores: (b, n, n), already multiplied by the sharpness.
+        scores: (b, q, r), every query from the first on.
         free: bool, broadcastable to scores; True where query i may drop token j. False elsewhere,
             and wherever i <= j.
 
     Returns:
-        (b, n, n), <= 0; 0 where nothing could drop the token yet, so also above the diagonal.
-    """
-    if alpha < 1.0 + 1e-4:
-        log_kept = F.logsigmoid(scores)
-    else:
-        tiny = torch.finfo(scores.dtype).tiny
-        log_kept = alpha_sigmoid(scores, alpha).clamp_min(tiny).log()
-    return torch.where(free, log_kept, torch.zeros_like(scores)).cumsum(dim=-2)
-
-
-def margin(scores: Tensor, free: Tensor) -> Tensor:
-    """m[k, j] = min over queries i in (j, k] of s[i, j]: token j is alive at query k iff m > 0.
-
-    Same arguments as `log_survival`; +inf where nothing could drop the token yet.
+        (b, q, r), falling along the queries; +inf where nothing could drop the token yet, so also
+        above the diagonal.
     """
     return torch.where(free, scores, torch.inf).cummin(dim=-2).values
+
+
+def log_survival(margins: Tensor, alpha: float = 1.0) -> Tensor:
+    """log I = log alpha_sigmoid(m), <= 0, of margins already multiplied by the sharpness.
+
+    It stands for the paper's product over queries of p[i, j]: with hard decisions both are the
+    sign of the margin, but a product of many probabilities just below 1 forgets what every one of
+    its factors keeps (docs/method.md, departure 3).
+    """
+    if alpha < 1.0 + 1e-4:
+        return F.logsigmoid(margins)
+    tiny = torch.finfo(margins.dtype).tiny
+    return alpha_sigmoid(margins, alpha).clamp_min(tiny).log()
 
 
 def window_of(sparsity: float, context: int) -> float:

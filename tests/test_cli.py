@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 Make = Callable[[str], Path]
+PAGES = Path(__file__).parent.parent / "docs" / "commands"
 COMMANDS = ("convert", "tune", "eval", "export", "generate", "run", "info")
 
 
@@ -45,6 +46,15 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
         "assert not {'torch', 'transformers', 'lm_eval'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script, *COMMANDS], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_page_of_a_command_is_its_help(name: str, tmp_path: Path) -> None:
+    shown = ctxprune(name, "--help", cwd=tmp_path, NO_COLOR="1").stdout
+    lines = [line.rstrip() for line in shown.splitlines() if line.strip()]
+    page = (PAGES / f"{name}.md").read_text().splitlines()
+    # The program's own name depends on how it was started.
+    assert [line for line in page if line.strip()][3:-1] == lines[1:], "run `make docs`"
 
 
 def test_the_three_lines(

@@ -56,47 +56,57 @@ def test_alpha_sigmoid_saturates_exactly(alpha: float) -> None:
 
 
 def naive_survival(scores: Tensor, alpha: float, first: int, recent: int) -> Tensor:
-    """I[k, j] = prod over i in (j, k] of p[i, j], written out."""
+    """I[k, j] = alpha_sigmoid(min over i in (j, k] of s[i, j]), written out."""
     n = scores.shape[-1]
     survived = torch.zeros_like(scores)
     for b in range(len(scores)):
         for k in range(n):
             for j in range(k + 1):
-                kept = 1.0
-                for i in range(j + 1, k + 1):
-                    if j >= first and i - j >= recent:
-                        kept *= float(alpha_sigmoid(scores[b, i, j], alpha))
-                survived[b, k, j] = kept
+                votes = [
+                    scores[b, i, j] for i in range(j + 1, k + 1) if j >= first and i - j >= recent
+                ]
+                survived[b, k, j] = alpha_sigmoid(min(votes), alpha) if votes else 1.0
     return survived
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 4.0])
 @pytest.mark.parametrize(("first", "recent"), [(0, 1), (2, 3)])
-def test_survival_is_the_product_of_the_paper(alpha: float, first: int, recent: int) -> None:
+def test_survival_is_decided_by_the_least_score(alpha: float, first: int, recent: int) -> None:
     torch.manual_seed(0)
     scores = torch.randn(2, 9, 9, dtype=torch.float64) + 1.0
     position = torch.arange(9)[None]
-    free = free_pairs(position, position, first, recent)
-    survived = log_survival(scores, free, alpha).exp().tril()
-    torch.testing.assert_close(survived, naive_survival(scores, alpha, first, recent).tril())
+    least = margin(scores, free_pairs(position, position, first, recent))
+    survived = log_survival(least, alpha).exp().tril()
+    torch.testing.assert_close(survived, naive_survival(scores, alpha, first, recent))
+
+
+def test_hard_survival_is_the_product_of_the_paper() -> None:
+    """With hard decisions the paper's product of keep decisions is the sign of the margin."""
+    torch.manual_seed(0)
+    scores = torch.randn(3, 40, 40, dtype=torch.float64) + 1.5
+    position = torch.arange(40)[None]
+    free = free_pairs(position, position, 1, 2)
+    product = torch.where(free, scores > 0, True).long().cumprod(dim=-2).bool()
+    assert torch.equal(margin(scores, free) > 0, product)
 
 
 def test_soft_survival_hardens_to_the_sign_of_the_margin() -> None:
     torch.manual_seed(0)
     scores = torch.randn(3, 40, 40, dtype=torch.float64) + 1.5
     position = torch.arange(40)[None]
-    free = free_pairs(position, position, 1, 2)
-    alive = (margin(scores, free) > 0).tril()
+    least = margin(scores, free_pairs(position, position, 1, 2))
     for sharpness, alpha in ((1e3, 4096.0), (1e7, 1.0), (1e5, 64.0)):
-        soft = log_survival(scores * sharpness, free, alpha).exp().tril()
-        torch.testing.assert_close(soft, alive.double(), atol=1e-3, rtol=0)
+        soft = log_survival(least * sharpness, alpha).exp()
+        torch.testing.assert_close(soft, (least > 0).double(), atol=1e-3, rtol=0)
 
 
 def test_survival_of_a_very_negative_score_keeps_its_gradient() -> None:
     scores = torch.full((1, 8, 8), -60.0, requires_grad=True)
     position = torch.arange(8)[None]
-    log_survival(scores, free_pairs(position, position, 0, 1)).sum().backward()  # type: ignore[no-untyped-call]
-    assert scores.grad is not None and bool((scores.grad.tril(-1)[0, 1:, 0] > 0).all())
+    least = margin(scores, free_pairs(position, position, 0, 1))
+    log_survival(least).tril(-1).sum().backward()  # type: ignore[no-untyped-call]
+    assert scores.grad is not None and float(scores.grad[0, :, 0].sum()) == 7.0
+    assert bool(scores.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.8, 0.95])
