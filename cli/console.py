@@ -37,6 +37,15 @@ def data(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
+def check_writable(path: Path) -> None:
+    """Raise CtxpruneError if a result could not be written there after hours of work."""
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CtxpruneError(f"`{path}` cannot be written", "give the path of a new file")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a result file whole or not at all.
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ctxprune.cli.console import check_writable, say, write_text
 from ctxprune.cli.console import out as stdout
-from ctxprune.cli.console import say, write_text
 from ctxprune.cli.options import Model, Seed, given, numbers, words
 from ctxprune.cli.workspace import current
 
@@ -30,22 +30,32 @@ def evaluate(
     sparsity: Annotated[
         str | None, typer.Option(help="Levels, comma-separated; default: 0 and the calibrated.")
     ] = None,
-    policy: Annotated[str | None, typer.Option(help="gate, sink or window.")] = None,
+    policy: Annotated[str | None, typer.Option(help="gate, sink or window; default: gate.")] = None,
     text: Annotated[
         str | None, typer.Option(help="Text for perplexity, a file or datasets name.")
     ] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens a window of that text.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="At most so many tokens of it.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents a task.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Texts a forward pass.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens a window of that text; default: 512.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="At most so many tokens of it; default: all.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents a task; default: all.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Texts a forward pass; default: 1.")
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of TASK.jsonl, to run the tasks offline.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16, float64; default: float32.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
     seed: Seed = None,
 ) -> None:
     """Measure a model at several levels of sparsity, with tokens really evicted."""
+    if json_file is not None:
+        check_writable(json_file)
     folder = current(model)
     options = given(
         tasks=words(tasks),

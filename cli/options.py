@@ -17,6 +17,11 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output folder 
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
 
 
+def option(text: str, default: Any) -> Any:
+    """An option whose default lives in a configuration: the help shows it all the same."""
+    return typer.Option(help=f"{text}; default: {default}.")
+
+
 def given(**options: Any) -> dict[str, Any]:
     """The options that were set: the others keep the defaults of their dataclass."""
     return {name: value for name, value in options.items() if value is not None}

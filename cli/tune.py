@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ctxprune.cli.console import say, tuning_progress
-from ctxprune.cli.options import Force, Model, Seed, given
+from ctxprune.cli.options import Force, Model, Seed, given, option
 from ctxprune.cli.workspace import current, set_current
+from ctxprune.pruner.config import TuneConfig
 
 EXAMPLES = """
 Examples:
@@ -27,7 +28,7 @@ Text = typer.Option(help=".txt/.jsonl(.gz) file, folder or datasets name; defaul
 def tune(
     model: Model = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="Share of the context to drop, in [0, 1).")
+        float | None, option("Share of the context to drop, in [0, 1)", TuneConfig.sparsity)
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to make; default: MODEL-tuned.")
@@ -36,22 +37,29 @@ def tune(
     valid: Annotated[
         str | None, typer.Option(help="Held-out text for calibration, like --data.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    steps: Annotated[int | None, option("Optimizer steps", TuneConfig.steps)] = None,
     train: Annotated[
-        str | None, typer.Option(help="gates, lora, full, or dense (the control).")
+        str | None, option("gates, lora, full, or dense (the control)", TuneConfig.train)
     ] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens a window.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows a micro-batch.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Micro-batches a step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate of the weights.")] = None,
-    gate_lr: Annotated[float | None, typer.Option(help="Peak learning rate of the gates.")] = None,
+    context: Annotated[int | None, option("Tokens a window", TuneConfig.context)] = None,
+    batch_size: Annotated[
+        int | None, option("Windows a micro-batch", TuneConfig.batch_size)
+    ] = None,
+    accumulate: Annotated[int | None, option("Micro-batches a step", TuneConfig.accumulate)] = None,
+    lr: Annotated[float | None, option("Peak learning rate of the weights", TuneConfig.lr)] = None,
+    gate_lr: Annotated[
+        float | None, option("Peak learning rate of the gates", TuneConfig.gate_lr)
+    ] = None,
     distill: Annotated[
-        float | None, typer.Option(help="Weight in [0, 1] of distillation from the dense model.")
+        float | None,
+        option("Weight in [0, 1] of distillation from the dense model", TuneConfig.distill),
     ] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Rank of the LoRA matrices.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Final alpha of alpha_sigmoid.")] = None,
+    lora_rank: Annotated[
+        int | None, option("Rank of the LoRA matrices", TuneConfig.lora_rank)
+    ] = None,
+    alpha: Annotated[float | None, option("Final alpha of alpha_sigmoid", TuneConfig.alpha)] = None,
     save_every: Annotated[
-        int | None, typer.Option(help="Steps between resumable checkpoints.")
+        int | None, option("Steps between resumable checkpoints", TuneConfig.save_every)
     ] = None,
     bf16: Annotated[bool | None, typer.Option(help="Autocast to bfloat16.")] = None,
     checkpointing: Annotated[
@@ -64,8 +72,6 @@ def tune(
     force: Force = False,
 ) -> None:
     """Fine-tune a converted model to prune, and calibrate its levels of sparsity."""
-    from ctxprune.pruner.config import TuneConfig
-
     config = TuneConfig(
         **given(
             sparsity=sparsity,

@@ -14,7 +14,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.policies import names as policy_names
 
+PERPLEXITY = "perplexity"
 PACKAGES = ("ctxprune", "torch", "transformers", "lm_eval")
 
 
@@ -121,15 +122,17 @@ def evaluate(
     model = load(folder, sparsity=0.0, dtype=config.dtype, device=config.device)
     handle = handle_of(model)
     levels = config.sparsity or tuple(sorted({0.0, *handle.levels}))
-    finished = _Finished(state, _fingerprint(folder, config))
+    finished = _Finished(state)
+    weights = _stats(folder.iterdir())
 
     def measure(level: float, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         label = f"{name} at sparsity {level:g}"
-        result = finished.get(level, name)
+        digest = _digest([weights, level, name, _dependencies(config, name)])
+        result = finished.get(digest)
         if result is None:
             say(f"{label}: running")
             result = work()
-            finished.put(level, name, result)
+            finished.put(digest, label, result)
             say(f"{label}: done")
         else:
             say(f"{label}: already done, kept")
@@ -137,7 +140,7 @@ def evaluate(
 
     rows = []
     for level in levels:
-        row = measure(level, "perplexity", partial(_perplexity, model, text, config, level))
+        row = measure(level, PERPLEXITY, partial(_perplexity, model, text, config, level))
         run = partial(
             score,
             model,
@@ -188,11 +191,11 @@ def _perplexity(
 
 
 class _Finished:
-    """Finished measurements on disk: fingerprint -> level -> name -> result."""
+    """Finished measurements on disk: digest of all that they depend on -> label and result."""
 
-    def __init__(self, path: Path | None, fingerprint: str) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._all: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+        self._all: dict[str, dict[str, Any]] = {}
         if path is not None and path.exists():
             try:
                 self._all = json.loads(path.read_text())
@@ -200,13 +203,13 @@ class _Finished:
                 raise CtxpruneError(
                     f"`{path}` is not a state file of an evaluation", "delete it to start afresh"
                 ) from error
-        self._mine = self._all.setdefault(fingerprint, {})
 
-    def get(self, level: float, name: str) -> dict[str, Any] | None:
-        return self._mine.get(repr(level), {}).get(name)
+    def get(self, digest: str) -> dict[str, Any] | None:
+        found = self._all.get(digest)
+        return None if found is None else found["result"]
 
-    def put(self, level: float, name: str, result: dict[str, Any]) -> None:
-        self._mine.setdefault(repr(level), {})[name] = result
+    def put(self, digest: str, label: str, result: dict[str, Any]) -> None:
+        self._all[digest] = {"label": label, "result": result}
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             partial = self._path.with_name(f"{self._path.name}.partial")
@@ -214,22 +217,22 @@ class _Finished:
             os.replace(partial, self._path)
 
 
-def _fingerprint(folder: Path, config: EvalConfig) -> str:
-    """Digest of all that a measurement depends on, but its level and task.
+def _dependencies(config: EvalConfig, name: str) -> list[Any]:
+    """The settings and files that one measurement depends on, beside the model."""
+    common = [config.policy, config.batch_size, config.seed, config.dtype, config.device]
+    if name == PERPLEXITY:
+        path = Path(config.text) if config.text is not None else None
+        files = [] if path is None else list(path.rglob("*")) if path.is_dir() else [path]
+        return [*common, config.text, config.context, config.tokens, _stats(files)]
+    documents = [] if config.data_dir is None else [config.data_dir / f"{name}.jsonl"]
+    return [*common, config.limit, _stats(documents)]
 
-    Files count by name, size and time of change: weights of gigabytes are not read for it.
-    """
-    settings = asdict(config)
-    del settings["sparsity"], settings["tasks"]
-    files = [*folder.iterdir()]
-    if config.text is not None and Path(config.text).exists():
-        text = Path(config.text)
-        files += text.rglob("*") if text.is_dir() else [text]
-    if config.data_dir is not None:
-        files += config.data_dir.glob("*.jsonl")
-    stats = [
-        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(files)
-        if path.suffix in {".json", ".safetensors", ".jsonl", ".txt", ".gz", ".model"}
-    ]
-    return hashlib.sha256(json.dumps([stats, settings], default=str).encode()).hexdigest()
+
+def _stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of the files that exist: gigabytes are not read for it."""
+    stats = [(path, path.stat()) for path in sorted(files) if path.is_file()]
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -111,6 +111,14 @@ class PrunedCache(Cache):
         return sum(table.nbytes for table in self.tables())
 
     @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the keys and values that a dense cache would hold for the tokens seen."""
+        if self.tokens is None:
+            return 0
+        widest = int(self.tokens.max()) * len(self.tokens)
+        return sum(table.dense_row_nbytes for table in self.tables()) * widest
+
+    @property
     def sparsity(self) -> float:
         """Share of the tokens seen that are gone, over layers and sequences."""
         if self.tokens is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from ctxprune.pruner.errors import CtxpruneError, choose
 
@@ -39,12 +40,23 @@ class FromMapping:
         Raises:
             CtxpruneError: for a key that is no field (with the nearest one) or a value refused.
         """
-        for key in raw:
-            choose(f"key in {source}", key, cls.__dataclass_fields__)
+        hints = get_type_hints(cls)
+        for key, value in raw.items():
+            choose(f"key in {source}", str(key), cls.__dataclass_fields__)
+            _check_scalar(f"`{key}` of {source}", value, hints[key])
         try:
             return cls(**raw)
         except TypeError as error:
             raise CtxpruneError(f"{source}: {error}") from error
+
+
+def _check_scalar(name: str, value: Any, hint: Any) -> None:
+    """Raise CtxpruneError unless a value fits a hint that consists of scalar types."""
+    types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    fits = type(value) in types or (type(value) is int and float in types)
+    if set(types) <= {int, float, bool, str, NoneType} and not fits:
+        wanted = " or ".join(t.__name__ for t in types if t is not NoneType)
+        raise CtxpruneError(f"{name} must be of type {wanted}, not {value!r}")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,12 @@ class Table:
             tensors.append(self.position)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
+    @property
+    def dense_row_nbytes(self) -> int:
+        """Bytes of one token's key and value: what a dense cache holds of it."""
+        pair = [self.columns[name] for name in ("key", "value") if name in self.columns]
+        return sum(c.shape[1] * c.shape[3] * c.element_size() for c in pair)
+
     def rows(self) -> Tensor:
         """(b,) int64: the tokens held by each sequence."""
         return self.valid.sum(dim=1)

@@ -26,6 +26,8 @@ from ctxprune.pruner.errors import CtxpruneError, choose
 
 COMMANDS = ("convert", "tune", "export", "generate", "eval", "report")
 
+# A name becomes a folder inside the run's.
+_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
 _VALUE = r"[\w-]+ [\d.]+ [\w.]+"
 _EXPECTATION = re.compile(
     rf"(?P<left>{_VALUE}) (?P<sign><=|>=) (?:(?P<factor>[\d.]+) \* )?(?P<right>{_VALUE}|[\d.]+)"
@@ -50,6 +52,10 @@ class Expectation:
     sign: str
     factor: float
     right: str
+
+    def steps(self) -> list[str]:
+        """Names of the eval steps that it compares."""
+        return [side.split()[0] for side in (self.left, self.right) if " " in side]
 
     def check(self, results: Mapping[str, Mapping[str, Any]]) -> tuple[bool, str]:
         """Whether it holds for eval results by step name, and the figures in words.
@@ -105,10 +111,13 @@ def parse(name: str, raw: Any) -> Recipe:
         raise CtxpruneError(f"recipe `{name}` has no list of `steps`")
     for key in raw:
         choose(f"key in recipe `{name}`", key, ("steps", "expect"))
+    expect = raw.get("expect") or []
+    if not isinstance(expect, list):
+        raise CtxpruneError(f"`expect` in recipe `{name}` is no list")
     steps: list[Step] = []
     for entry in raw["steps"]:
         steps.append(_step(name, entry, [step.name for step in steps]))
-    return Recipe(name, tuple(steps), tuple(_expectation(text) for text in raw.get("expect") or ()))
+    return Recipe(name, tuple(steps), tuple(_expectation(text) for text in expect))
 
 
 def _step(recipe: str, entry: Any, earlier: list[str]) -> Step:
@@ -121,7 +130,17 @@ def _step(recipe: str, entry: Any, earlier: list[str]) -> Step:
     name = str(entry.get("name", command))
     if name in earlier:
         raise CtxpruneError(f"recipe `{recipe}` has two steps called `{name}`")
-    return Step(name, command, entry[command] or {})
+    if not _NAME.fullmatch(name):
+        raise CtxpruneError(
+            f"`{name}` cannot be the name of a step", "use letters, digits, `-` and `_`"
+        )
+    options = entry[command] or {}
+    if not isinstance(options, dict):
+        raise CtxpruneError(
+            f"step `{name}` of recipe `{recipe}` has no options, but `{options}`",
+            f"write it like `{command}: {{model: NAME}}`",
+        )
+    return Step(name, command, options)
 
 
 def _expectation(text: str) -> Expectation:

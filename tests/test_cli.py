@@ -85,7 +85,7 @@ def test_the_three_lines(
     ctxprune("export", "--out", "card", "--results", "r.json", cwd=tmp_path)
     assert "| 0.8 |" in (tmp_path / "card" / "README.md").read_text()
     spoken = ctxprune("generate", "--max-new-tokens", "40", "It was a bright day", cwd=tmp_path)
-    assert spoken.stdout.startswith("It was a bright day") and "forgotten" in spoken.stderr
+    assert spoken.stdout.startswith("It was a bright day") and "MB dense" in spoken.stderr
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,9 @@ def test_the_three_lines(
         (["run", "dmo"], "did you mean `demo`"),
         (["info", "."], "was not converted"),
         (["generate", "--model", ".", " "], "the prompt is empty"),
+        (["generate", "--model", ".", "--max-new-tokens", "-1", "a"], "must be at least 1"),
+        (["generate", "--model", ".", "--temperature", "-1", "a"], "must be at least 0"),
+        (["eval", "--model", ".", "--json", "."], "cannot be written"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ctxprune import recipes
-from ctxprune.cli.run import _check
+from ctxprune.cli.work import Work, check
 from ctxprune.pruner.errors import CtxpruneError
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
@@ -16,7 +19,7 @@ SHIPPED = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes_parse_and_say_what_they_are(path: Path) -> None:
-    _check(recipes.load(str(path)))
+    check(recipes.load(str(path)))
     assert recipes.load(path.stem).name == path.stem
     assert path.read_text().startswith("# ")
 
@@ -30,10 +33,19 @@ def test_the_recipes_of_the_docs_are_shipped() -> None:
     [
         ({}, "no list of `steps`"),
         ({"steps": [], "expects": []}, "did you mean `expect`"),
+        ({"steps": [{"tune": {"sparsity": 0.8}}]}, "needs `model`"),
+        ({"steps": [{"tune": 5}]}, "has no options"),
+        ({"steps": [{"convert": {"rank": "wide"}}]}, "must be of type int"),
+        ({"steps": [{"name": "../x", "convert": {}}]}, "cannot be the name"),
+        ({"steps": [], "expect": 5}, "is no list"),
+        ({"steps": [], "expect": ["gate 0 perplexity <= 1"]}, "unknown eval step"),
+        ({"steps": [{"convert": {}}, {"generate": {"model": "convert"}}]}, "needs `prompt`"),
+        ({"steps": [{"eval": {"model": "tuned"}}]}, "unknown `model` of step `eval`"),
+        ({"steps": [{"report": {"of": ["eval"]}}]}, "unknown eval step"),
         ({"steps": [{"tun": {}}]}, "did you mean `tune`"),
-        ({"steps": [{"tune": {"stepps": 3}}]}, "did you mean `steps`"),
+        ({"steps": [{"tune": {"model": "m", "stepps": 3}}]}, "did you mean `steps`"),
         ({"steps": [{"eval": {"sparsety": [0]}}]}, "did you mean `sparsity`"),
-        ({"steps": [{"tune": {"sparsity": 2}}]}, "outside"),
+        ({"steps": [{"tune": {"model": "m", "sparsity": 2}}]}, "outside"),
         ({"steps": [{"name": "a"}]}, "needs one command"),
         ({"steps": [{"convert": {}}, {"convert": {}}]}, "two steps called"),
         ({"steps": ["convert"]}, "no mapping"),
@@ -42,7 +54,7 @@ def test_the_recipes_of_the_docs_are_shipped() -> None:
 )
 def test_mistakes_are_named(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(CtxpruneError, match=message):
-        _check(recipes.parse("mine", raw))
+        check(recipes.parse("mine", raw))
 
 
 def test_unknown_recipes_are_named() -> None:
@@ -83,3 +95,72 @@ def test_expectations_on_what_was_not_measured(text: str) -> None:
     (expectation,) = recipes.parse("r", {"steps": [], "expect": [text]}).expect
     with pytest.raises(CtxpruneError):
         expectation.check(RESULTS)
+
+
+def _convert(name: str, source: Path) -> recipes.Recipe:
+    return recipes.parse("mine", {"steps": [{"name": name, "convert": {"source": str(source)}}]})
+
+
+def test_a_run_keeps_and_forgets_only_its_own(
+    dense_folder: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = _convert("converted", dense_folder("gpt2"))
+    (step,) = plan.steps
+    out = tmp_path / "run"
+    work = Work(out)
+    work.do(step)
+    work.do(step)
+    assert capfd.readouterr().err.count("already done") == 1
+    shutil.rmtree(out / "converted")
+    work.do(step)
+    assert "already done" not in capfd.readouterr().err
+    (out / "mine.txt").write_text("keep me")
+    work.forget(plan)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_a_run_does_not_replace_a_folder_of_the_users(
+    dense_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "notes.txt").write_text("keep me")
+    plan = _convert("converted", dense_folder("gpt2"))
+    work = Work(tmp_path)
+    work.forget(plan)
+    with pytest.raises(CtxpruneError, match="no recipe made it"):
+        work.do(plan.steps[0])
+    assert (tmp_path / "converted" / "notes.txt").read_text() == "keep me"
+
+
+def test_an_interrupted_tune_goes_on(
+    tiny_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """The second run starts after the step that the first one saved."""
+    options = {
+        "model": str(tiny_folder("gpt2")),
+        "data": str(text_file),
+        "steps": 4,
+        "context": 128,
+        "save_every": 2,
+    }
+    plan = recipes.parse("mine", {"steps": [{"name": "tuned", "tune": options}]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctxprune.pruner.tune.calibrate", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            Work(tmp_path).do(plan.steps[0])
+    assert not (tmp_path / "tuned").exists()
+    steps: list[int] = []
+
+    @contextmanager
+    def record() -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
+        yield lambda figures: steps.append(figures["step"]), lambda _: None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctxprune.cli.work.tuning_progress", record)
+        Work(tmp_path).do(plan.steps[0])
+    assert (tmp_path / "tuned").is_dir()
+    assert 1 not in steps
+
+
+def _stop(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,222 @@
+"""The steps of a recipe: checked before the first one runs, and done in one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ctxprune.cli.console import out as stdout
+from ctxprune.cli.console import say, tuning_progress, write_text
+from ctxprune.cli.generate import GenerateConfig, write
+from ctxprune.pruner.errors import CtxpruneError, choose
+from ctxprune.recipes import Recipe, Step
+
+# Options of each step beside the fields of its configuration, and those that it cannot do without.
+EXTRA: dict[str, tuple[str, ...]] = {
+    "convert": ("source", "trust_remote_code"),
+    "tune": ("model",),
+    "eval": ("model",),
+    "export": ("model", "results"),
+    "generate": ("model",),
+    "report": ("of",),
+}
+NEEDED: dict[str, tuple[str, ...]] = {
+    "convert": (),
+    "tune": ("model",),
+    "eval": ("model",),
+    "export": ("model",),
+    "generate": ("model", "prompt"),
+    "report": ("of",),
+}
+# Steps that make a folder, which is kept if it was finished with the same options.
+MAKERS = ("convert", "tune", "export")
+
+
+def check(plan: Recipe) -> None:
+    """Refuse unknown or missing options, and references to anything that is not there by then.
+
+    Raises:
+        CtxpruneError: naming the step.
+    """
+    from ctxprune.evals.evaluate import EvalConfig
+    from ctxprune.pruner.config import FromMapping, PruneConfig, TuneConfig
+
+    configs: dict[str, type[FromMapping]] = {
+        "convert": PruneConfig,
+        "tune": TuneConfig,
+        "eval": EvalConfig,
+        "generate": GenerateConfig,
+    }
+    folders: list[str] = []
+    evals: list[str] = []
+    for step in plan.steps:
+        config = configs.get(step.command)
+        fields = set(config.__dataclass_fields__) if config else set()
+        for key in step.options:
+            known = fields.union(EXTRA[step.command])
+            choose(f"option of `{step.command}` in recipe `{plan.name}`", str(key), known)
+        for key in NEEDED[step.command]:
+            if not step.options.get(key):
+                raise CtxpruneError(f"step `{step.name}` of recipe `{plan.name}` needs `{key}`")
+        if config:
+            config.from_mapping(_fields(step), f"step `{step.name}`")
+        model = step.options.get("model")
+        if model is not None and not Path(str(model)).is_dir():
+            choose(f"`model` of step `{step.name}`", str(model), folders)
+        for name in _results_used(step):
+            choose(f"eval step in step `{step.name}`", name, evals)
+        if step.command in MAKERS:
+            folders.append(step.name)
+        if step.command == "eval":
+            evals.append(step.name)
+    for expectation in plan.expect:
+        for name in expectation.steps():
+            choose(f"eval step in `{expectation.text}`", name, evals)
+
+
+def _fields(step: Step) -> dict[str, Any]:
+    """The options of a step that belong to its configuration."""
+    return {key: value for key, value in step.options.items() if key not in EXTRA[step.command]}
+
+
+def _results_used(step: Step) -> list[str]:
+    """Names of the eval steps whose results a step reads."""
+    of = step.options.get("of") or []
+    names = [of] if isinstance(of, str) else [str(name) for name in of]
+    return names + ([str(step.options["results"])] if step.options.get("results") else [])
+
+
+@dataclass
+class Work:
+    """The folder of a run, and the results so far, by step name.
+
+    Beside each folder that a step makes lies a note of what it was made from: before the step
+    begins that it is ours, after it that it is whole.
+    """
+
+    out: Path
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def do(self, step: Step) -> None:
+        """Do a step, unless it made a folder before from the same options and inputs."""
+        perform: Callable[[Step], None] = getattr(self, f"_{step.command}")
+        if step.command not in MAKERS:
+            perform(step)
+            return
+        stamp, folder, note = self._stamp(step), self.out / step.name, self._note(step.name)
+        before = note.read_text(encoding="utf-8") if note.is_file() else None
+        if before == f"{stamp} done\n" and folder.is_dir():
+            say("already done, kept")
+            return
+        if before is None and folder.exists():
+            raise CtxpruneError(
+                f"`{folder}` is there, but no recipe made it", "give another `--out`"
+            )
+        if before is not None and not before.startswith(stamp):
+            self._remove(self._state(step.name))
+        write_text(note, f"{stamp} begun\n")
+        perform(step)
+        write_text(note, f"{stamp} done\n")
+
+    def forget(self, plan: Recipe) -> None:
+        """Remove what the steps of a recipe made in this folder, and nothing else."""
+        for step in plan.steps:
+            if self._note(step.name).is_file():
+                self._remove(self.out / step.name)
+                self._remove(self._state(step.name))
+                self._note(step.name).unlink()
+        self._eval_state.unlink(missing_ok=True)
+
+    @property
+    def _eval_state(self) -> Path:
+        return self.out / "eval-state.json"
+
+    def _note(self, name: str) -> Path:
+        return self.out / f".{name}.step"
+
+    def _state(self, name: str) -> Path:
+        """Where `tune` keeps the state of an unfinished run."""
+        return self.out / f".{name}.tuning"
+
+    @staticmethod
+    def _remove(folder: Path) -> None:
+        if folder.exists():
+            shutil.rmtree(folder)
+
+    def _stamp(self, step: Step) -> str:
+        """Changes with the step's options, with the folder it builds on, and with its results."""
+        parts = [json.dumps([step.command, step.options], sort_keys=True, default=str)]
+        model = self._note(str(step.options.get("model")))
+        if model.is_file():
+            parts.append(model.read_text(encoding="utf-8"))
+        for name in _results_used(step):
+            parts.append(json.dumps(self.results[name]["levels"], sort_keys=True))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _model(self, step: Step) -> Path:
+        """The output of an earlier step, or a folder of the user's."""
+        name = str(step.options["model"])
+        return self.out / name if self._note(name).is_file() else Path(name)
+
+    def _convert(self, step: Step) -> None:
+        from ctxprune.pruner.config import PruneConfig
+        from ctxprune.pruner.convert import convert
+
+        convert(
+            step.options.get("source"),
+            self.out / step.name,
+            PruneConfig.from_mapping(_fields(step), f"step `{step.name}`"),
+            force=True,
+            trust_remote_code=bool(step.options.get("trust_remote_code", False)),
+        )
+
+    def _tune(self, step: Step) -> None:
+        from ctxprune.pruner.config import TuneConfig
+        from ctxprune.pruner.tune import STATE, tune
+
+        with tuning_progress() as (on_step, on_phase):
+            tune(
+                self._model(step),
+                self.out / step.name,
+                TuneConfig.from_mapping(_fields(step), f"step `{step.name}`"),
+                resume=(self._state(step.name) / STATE).is_file(),
+                force=True,
+                on_step=on_step,
+                on_phase=on_phase,
+            )
+
+    def _export(self, step: Step) -> None:
+        from ctxprune.pruner.export import export
+
+        results = self.results.get(str(step.options.get("results")))
+        export(self._model(step), self.out / step.name, force=True, results=results)
+
+    def _generate(self, step: Step) -> None:
+        write(self._model(step), GenerateConfig.from_mapping(_fields(step), f"step `{step.name}`"))
+
+    def _eval(self, step: Step) -> None:
+        from ctxprune.evals.evaluate import EvalConfig, evaluate
+
+        results = evaluate(
+            self._model(step),
+            EvalConfig.from_mapping(_fields(step), f"step `{step.name}`"),
+            state=self._eval_state,
+            on_event=say,
+        )
+        self.results[step.name] = results
+        write_text(self.out / f"{step.name}.json", json.dumps(results, indent=2) + "\n")
+
+    def _report(self, step: Step) -> None:
+        from ctxprune.evals.report import markdown, plot, rich_table
+
+        chosen = [self.results[name] for name in _results_used(step)]
+        write_text(self.out / f"{step.name}.json", json.dumps(chosen, indent=2) + "\n")
+        write_text(self.out / f"{step.name}.md", markdown(chosen))
+        plot(chosen, self.out / f"{step.name}.png")
+        stdout.print(rich_table(chosen))
+        say(f"wrote {self.out / step.name}.json, .md and .png")
