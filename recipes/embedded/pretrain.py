@@ -29,6 +29,10 @@ VOCABULARY = 4096
 CONTEXT = 1024
 WINDOWS_A_STEP = 2
 PEAK_LR = 6e-3
+# Every so many windows, one repeats a passage. Books alone teach so small a model to look back over
+# hundreds of tokens only after many more of them than a CPU reads in two hours.
+ECHO_EVERY = 4
+ECHO_PERIOD = (64, 512)
 END = "<|endoftext|>"
 
 
@@ -99,7 +103,7 @@ def new_model(seed: int) -> GPT2LMHeadModel:
 
 
 def batch(ids: Tensor, step: int, seed: int) -> Tensor:
-    """Windows of a step: a new shuffle and a new offset every epoch."""
+    """Windows of a step: a new shuffle and a new offset every epoch, and echoes among them."""
     windows = len(ids) // CONTEXT - 1
     chosen = []
     for number in range(step * WINDOWS_A_STEP, (step + 1) * WINDOWS_A_STEP):
@@ -108,7 +112,12 @@ def batch(ids: Tensor, step: int, seed: int) -> Tensor:
         offset = int(torch.randint(CONTEXT, (1,), generator=generator))
         place = int(torch.randperm(windows, generator=generator)[at])
         start = offset + place * CONTEXT
-        chosen.append(ids[start : start + CONTEXT])
+        window = ids[start : start + CONTEXT]
+        if number % ECHO_EVERY == 0:
+            generator = torch.Generator().manual_seed(seed * 7919 + number)
+            period = int(torch.randint(*ECHO_PERIOD, (1,), generator=generator))
+            window = window[:period].repeat(CONTEXT // period + 1)[:CONTEXT]
+        chosen.append(window)
     return torch.stack(chosen).long()
 
 
