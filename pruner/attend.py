@@ -23,8 +23,7 @@ BLOCK = 64
 class Tally:
     """Counts, over everything attended to, how much of the context was gone.
 
-    Pairs (j < k) are counted over layers and sequences; `rows` and `seen` are those of the latest
-    call of each layer, and say what is left in the cache at the end.
+    Pairs (j < k) are counted over layers and sequences.
     """
 
     def __init__(self) -> None:
