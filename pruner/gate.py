@@ -123,7 +123,7 @@ class Gate(nn.Module):
     tuned context. The paper's constant beta is thus replaced by a term that makes an untrained
     gate exactly "sinks + window" at any level; what is learned is where to be better than that.
     `W_k` starts at zero, so that the content speaks only once it has learned something, as B does
-    in LoRA; `slope` starts at 2, so that the edge of the soft window is about as wide as the window.
+    in LoRA; `slope` starts at 2: the edge of the soft window is then about as wide as the window.
     """
 
     def __init__(self, hidden_size: int, rank: int) -> None:
