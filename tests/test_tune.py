@@ -179,7 +179,8 @@ def test_schedules() -> None:
     levels = [sample_level(step, 0, config) for step in range(400)]
     assert levels == [sample_level(step, 0, config) for step in range(400)]
     assert levels[0] <= 0.1 and max(levels) <= 0.92
-    assert 0.02 < sum(level == 0 for level in levels) / 400 < 0.2
+    assert 0.4 < sum(level == 0 for level in levels) / 400 < 0.6
+    assert 0.15 < sum(level == config.sparsity for level in levels) / 400 < 0.35
     gates = dataclasses.replace(config, train="gates")
     assert all(sample_level(step, 0, gates) > 0 for step in range(400))
 
