@@ -37,6 +37,12 @@ def data(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
+def stream(text: str) -> None:
+    """A piece of generated text on stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def check_writable(path: Path) -> None:
     """Raise CtxpruneError if a result could not be written there after hours of work."""
     parent = path.parent

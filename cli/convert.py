@@ -35,6 +35,9 @@ def convert(
     protect_recent: Annotated[
         int | None, typer.Option(help="Newest tokens that are never dropped.")
     ] = None,
+    max_rows: Annotated[
+        int | None, typer.Option(help="Cap on the rows of a sequence in a layer.")
+    ] = None,
     force: Force = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
@@ -45,7 +48,12 @@ def convert(
     from ctxprune.pruner.config import PruneConfig
 
     config = PruneConfig(
-        **given(rank=rank, protect_first=protect_first, protect_recent=protect_recent)
+        **given(
+            rank=rank,
+            protect_first=protect_first,
+            protect_recent=protect_recent,
+            max_rows=max_rows,
+        )
     )
     folder: Path = conversion.convert(
         model, out, config, force=force, trust_remote_code=trust_remote_code

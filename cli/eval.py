@@ -10,7 +10,7 @@ import typer
 
 from ctxprune.cli.console import check_writable, say, write_text
 from ctxprune.cli.console import out as stdout
-from ctxprune.cli.options import Model, Seed, given, numbers, words
+from ctxprune.cli.options import Dtype, MaxRows, Model, Policy, Seed, given, numbers, words
 from ctxprune.cli.workspace import current
 
 EXAMPLES = """
@@ -30,7 +30,8 @@ def evaluate(
     sparsity: Annotated[
         str | None, typer.Option(help="Levels, comma-separated; default: 0 and the calibrated.")
     ] = None,
-    policy: Annotated[str | None, typer.Option(help="gate, sink or window; default: gate.")] = None,
+    policy: Policy = None,
+    max_rows: MaxRows = None,
     text: Annotated[
         str | None, typer.Option(help="Text for perplexity, a file or datasets name.")
     ] = None,
@@ -47,9 +48,7 @@ def evaluate(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of TASK.jsonl, to run the tasks offline.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16, float64; default: float32.")
-    ] = None,
+    dtype: Dtype = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
     seed: Seed = None,
 ) -> None:
@@ -61,6 +60,7 @@ def evaluate(
         tasks=words(tasks),
         sparsity=numbers(sparsity),
         policy=policy,
+        max_rows=max_rows,
         text=text,
         context=context,
         tokens=tokens,

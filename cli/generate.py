@@ -1,19 +1,18 @@
-"""`ctxprune generate`: continue a prompt, with eviction."""
+"""`ctxprune generate`: continue prompts, with eviction."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+import dataclasses
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import say
-from ctxprune.cli.options import Model, Seed, given, option
+from ctxprune.cli.console import data, say, stream
+from ctxprune.cli.options import Dtype, MaxRows, Model, Policy, Seed, given, option
 from ctxprune.cli.workspace import current
-from ctxprune.pruner.config import FromMapping, check_at_least, check_sparsity
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.config import GenerateConfig
 
 EXAMPLES = """
 Examples:
@@ -21,95 +20,89 @@ Examples:
   ctxprune generate "Once upon a time"
 
   ctxprune generate --sparsity 0.5 --max-new-tokens 200 --temperature 0.8 "It was a dark night"
+
+  ctxprune generate --num-beams 4 --stop "." "The captain" "A letter from my sister"
+
+  ctxprune generate --max-rows 256 - < long-prompt.txt
 """
 
 
-@dataclass(frozen=True)
-class GenerateConfig(FromMapping):
-    """One text to write.
-
-    Attributes:
-        prompt: text to continue.
-        sparsity: level in [0, 1); None: the tuned one.
-        policy: which eviction policy decides.
-        max_new_tokens: tokens to write.
-        temperature: of sampling; 0 is greedy.
-        seed: of sampling.
-    """
-
-    prompt: str
-    sparsity: float | None = None
-    policy: str = "gate"
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.prompt.strip():
-            raise CtxpruneError("the prompt is empty", 'give some text: ctxprune generate "It was"')
-        if self.sparsity is not None:
-            check_sparsity(self.sparsity)
-        check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        check_at_least("temperature", self.temperature, 0.0)
-
-
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    prompt: Annotated[
+        list[str], typer.Argument(help="Texts to continue, as one batch; - reads stdin.")
+    ],
     model: Model = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Level in [0, 1); default: the tuned one.")
     ] = None,
-    policy: Annotated[str | None, option("gate, sink or window", GenerateConfig.policy)] = None,
+    policy: Policy = None,
+    max_rows: MaxRows = None,
     max_new_tokens: Annotated[
         int | None, option("Tokens to write", GenerateConfig.max_new_tokens)
     ] = None,
     temperature: Annotated[
         float | None, option("Of sampling, 0 is greedy", GenerateConfig.temperature)
     ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among so many tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest that have this share.")
+    ] = None,
+    num_beams: Annotated[int | None, option("Beams", GenerateConfig.num_beams)] = None,
+    num_return_sequences: Annotated[
+        int | None, option("Texts a prompt", GenerateConfig.num_return_sequences)
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="String that ends a text; may be repeated.")
+    ] = None,
+    dtype: Dtype = None,
     seed: Seed = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the figures.")] = False,
 ) -> None:
-    """Continue a prompt, streaming; rows and bytes kept are reported on stderr."""
+    """Continue texts; a single one streams. What the cache holds is reported on stderr."""
     options = given(
-        prompt=prompt,
+        prompt=[sys.stdin.read() if text == "-" else text for text in prompt],
         sparsity=sparsity,
         policy=policy,
+        max_rows=max_rows,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        num_beams=num_beams,
+        num_return_sequences=num_return_sequences,
+        stop=stop,
+        dtype=dtype,
         seed=seed,
     )
     config = GenerateConfig.from_mapping(options, "the options")
-    write(current(model), config)
+    write(current(model), config, as_json=as_json)
 
 
-def write(folder: Path, config: GenerateConfig) -> None:
-    """Stream a continuation to stdout, and say on stderr what the cache holds after it."""
-    import torch
-    from transformers import TextStreamer
-
+def write(folder: Path, config: GenerateConfig, *, as_json: bool = False) -> None:
+    """Write texts to stdout, and say on stderr what the cache holds after it."""
     from ctxprune.pruner.checkpoint import load, load_tokenizer
-    from ctxprune.pruner.engine import handle_of
+    from ctxprune.pruner.generation import generate as run
 
-    pruned = load(folder, sparsity=config.sparsity, policy=config.policy)
-    tokenizer = load_tokenizer(folder)
-    ids = tokenizer(config.prompt, return_tensors="pt")
-    torch.manual_seed(config.seed)
-    sampling = {"do_sample": True, "temperature": config.temperature}
-    began = time.monotonic()
-    continue_text: Any = pruned.generate
-    out = continue_text(
-        **ids,
-        max_new_tokens=config.max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **(sampling if config.temperature > 0 else {"do_sample": False}),
+    model = load(
+        folder,
+        sparsity=config.sparsity,
+        policy=config.policy,
+        max_rows=config.max_rows,
+        dtype=config.dtype,
     )
-    pace = (out.shape[1] - ids["input_ids"].shape[1]) / (time.monotonic() - began)
-    cache = handle_of(pruned).last_cache
-    if cache is None or cache.tokens is None:
-        say(f"dense, {pace:.1f} tokens/s")
+    single = len(config.prompt) == config.num_beams == config.num_return_sequences == 1
+    streams = single and not as_json
+    done = run(model, load_tokenizer(folder), config, stream if streams else None)
+    if as_json:
+        data(dataclasses.asdict(done))
+    elif not streams:
+        stream("\n\n".join(done.texts) + "\n")
+    pace = f"{done.tokens_per_s:.1f} tokens/s"
+    if done.dense_kv_bytes == 0:
+        say(f"dense, {pace}")
         return
+    capped = f", at the cap {done.capped:.0%} of the time" if done.capped else ""
     say(
-        f"{cache.sparsity:.1%} of {int(cache.tokens[0])} tokens forgotten, cache "
-        f"{cache.nbytes / 1e6:.2f} MB of {cache.dense_nbytes / 1e6:.2f} MB dense, "
-        f"{pace:.1f} tokens/s"
+        f"{done.sparsity:.1%} of the tokens forgotten, cache {done.kv_bytes / 1e6:.2f} MB of "
+        f"{done.dense_kv_bytes / 1e6:.2f} MB dense{capped}, {pace}"
     )

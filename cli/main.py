@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ctxprune.cli import convert, eval, export, generate, info, run, tune
+from ctxprune.cli import bench, convert, eval, export, generate, info, run, tune
 from ctxprune.cli.console import fail, out, say
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 
@@ -25,6 +25,7 @@ for name, command, examples in (
     ("convert", convert.convert, convert.EXAMPLES),
     ("tune", tune.tune, tune.EXAMPLES),
     ("eval", eval.evaluate, eval.EXAMPLES),
+    ("bench", bench.bench, bench.EXAMPLES),
     ("export", export.export, export.EXAMPLES),
     ("generate", generate.generate, generate.EXAMPLES),
     ("run", run.run, run.EXAMPLES),
@@ -55,6 +56,7 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

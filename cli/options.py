@@ -12,6 +12,17 @@ from ctxprune.pruner.errors import CtxpruneError
 Model = Annotated[
     Path | None, typer.Option("--model", help="Model folder; default: the current one.")
 ]
+Policy = Annotated[
+    str | None,
+    typer.Option(help="gate, window, sink, strided, h2o, tova, snapkv, knorm or random."),
+]
+MaxRows = Annotated[
+    int | None,
+    typer.Option(help="Cap on the rows of a sequence in a layer; default: the model's; 0: none."),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, float16, float64; default: float32.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder to make.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]

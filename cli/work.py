@@ -12,7 +12,7 @@ from typing import Any
 
 from ctxprune.cli.console import out as stdout
 from ctxprune.cli.console import say, tuning_progress, write_text
-from ctxprune.cli.generate import GenerateConfig, write
+from ctxprune.cli.generate import write
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.recipes import Recipe, Step
 
@@ -44,7 +44,7 @@ def check(plan: Recipe) -> None:
         CtxpruneError: naming the step.
     """
     from ctxprune.evals.evaluate import EvalConfig
-    from ctxprune.pruner.config import FromMapping, PruneConfig, TuneConfig
+    from ctxprune.pruner.config import FromMapping, GenerateConfig, PruneConfig, TuneConfig
 
     configs: dict[str, type[FromMapping]] = {
         "convert": PruneConfig,
@@ -197,6 +197,8 @@ class Work:
         export(self._model(step), self.out / step.name, force=True, results=results)
 
     def _generate(self, step: Step) -> None:
+        from ctxprune.pruner.config import GenerateConfig
+
         write(self._model(step), GenerateConfig.from_mapping(_fields(step), f"step `{step.name}`"))
 
     def _eval(self, step: Step) -> None:

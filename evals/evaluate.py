@@ -6,15 +6,7 @@ evaluation goes on where it was.
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import importlib.metadata
-import json
-import os
-import platform
-import shlex
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ctxprune.evals.finished import Finished, digest, stats, text_stats
 from ctxprune.evals.harness import load_tasks, score
 from ctxprune.evals.perplexity import perplexity
+from ctxprune.evals.provenance import provenance
 from ctxprune.pruner.checkpoint import DTYPES, check_folder, load, load_tokenizer
 from ctxprune.pruner.config import FromMapping, check_at_least, check_sparsity
 from ctxprune.pruner.data import read_texts, windows
@@ -45,6 +39,7 @@ class EvalConfig(FromMapping):
         tasks: names of lm-eval tasks, run beside perplexity.
         sparsity: the levels asked for; None: 0 and every level the model was calibrated at.
         policy: which eviction policy decides.
+        max_rows: cap on the rows of a sequence in a layer; None: the one of the model; 0: none.
         text: for perplexity: .txt/.jsonl(.gz) file, folder, `datasets` name; None: the embedded
             evaluation sample.
         context: tokens a window of that text.
@@ -59,6 +54,7 @@ class EvalConfig(FromMapping):
     tasks: tuple[str, ...] = ()
     sparsity: tuple[float, ...] | None = None
     policy: str = "gate"
+    max_rows: int | None = None
     text: str | None = None
     context: int = 512
     tokens: int | None = None
@@ -119,20 +115,20 @@ def evaluate(
     text = windows(tokenizer, read_texts(config.text, "eval"), config.context)
     if config.tokens is not None:
         text = text[: max(1, config.tokens // config.context)]
-    model = load(folder, sparsity=0.0, dtype=config.dtype, device=config.device)
+    model = load(folder, sparsity=0.0, max_rows=0, dtype=config.dtype, device=config.device)
     handle = handle_of(model)
     levels = config.sparsity or tuple(sorted({0.0, *handle.levels}))
-    finished = _Finished(state)
-    weights = _stats(folder.iterdir())
+    finished = Finished(state)
+    weights = stats(folder.iterdir())
 
     def measure(level: float, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         label = f"{name} at sparsity {level:g}"
-        digest = _digest([weights, level, name, _dependencies(config, name)])
-        result = finished.get(digest)
+        key = digest([weights, level, name, _dependencies(config, name)])
+        result = finished.get(key)
         if result is None:
             say(f"{label}: running")
             result = work()
-            finished.put(digest, label, result)
+            finished.put(key, label, result)
             say(f"{label}: done")
         else:
             say(f"{label}: already done, kept")
@@ -147,6 +143,7 @@ def evaluate(
             tokenizer,
             policy=config.policy,
             sparsity=level,
+            max_rows=config.max_rows,
             batch_size=config.batch_size,
             limit=config.limit,
             seed=config.seed,
@@ -164,12 +161,7 @@ def evaluate(
         "seed": config.seed,
         "dtype": config.dtype,
         "device": str(model.device),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
-        },
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **provenance(*PACKAGES),
     }
 
 
@@ -179,7 +171,7 @@ def _perplexity(
     """Perplexity at one level; a fixed context lets a window policy choose its width."""
     torch.manual_seed(config.seed)
     handle = handle_of(model)
-    handle.use(config.policy, level, context=config.context)
+    handle.use(config.policy, level, context=config.context, max_rows=config.max_rows)
     result = perplexity(model, text, config.batch_size)
     if level > 0 and result.sparsity == 0.0:
         raise CtxpruneError(
@@ -190,49 +182,17 @@ def _perplexity(
     return asdict(result)
 
 
-class _Finished:
-    """Finished measurements on disk: digest of all that they depend on -> label and result."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._all: dict[str, dict[str, Any]] = {}
-        if path is not None and path.exists():
-            try:
-                self._all = json.loads(path.read_text())
-            except ValueError as error:
-                raise CtxpruneError(
-                    f"`{path}` is not a state file of an evaluation", "delete it to start afresh"
-                ) from error
-
-    def get(self, digest: str) -> dict[str, Any] | None:
-        found = self._all.get(digest)
-        return None if found is None else found["result"]
-
-    def put(self, digest: str, label: str, result: dict[str, Any]) -> None:
-        self._all[digest] = {"label": label, "result": result}
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._path.with_name(f"{self._path.name}.partial")
-            partial.write_text(json.dumps(self._all, indent=1))
-            os.replace(partial, self._path)
-
-
 def _dependencies(config: EvalConfig, name: str) -> list[Any]:
     """The settings and files that one measurement depends on, beside the model."""
-    common = [config.policy, config.batch_size, config.seed, config.dtype, config.device]
+    common = [
+        config.policy,
+        config.max_rows,
+        config.batch_size,
+        config.seed,
+        config.dtype,
+        config.device,
+    ]
     if name == PERPLEXITY:
-        path = Path(config.text) if config.text is not None else None
-        files = [] if path is None else list(path.rglob("*")) if path.is_dir() else [path]
-        return [*common, config.text, config.context, config.tokens, _stats(files)]
+        return [*common, config.text, config.context, config.tokens, text_stats(config.text)]
     documents = [] if config.data_dir is None else [config.data_dir / f"{name}.jsonl"]
-    return [*common, config.limit, _stats(documents)]
-
-
-def _stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of the files that exist: gigabytes are not read for it."""
-    stats = [(path, path.stat()) for path in sorted(files) if path.is_file()]
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return [*common, config.limit, stats(documents)]

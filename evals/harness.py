@@ -171,6 +171,7 @@ def score(
     *,
     policy: str = "gate",
     sparsity: float = 0.0,
+    max_rows: int | None = None,
     batch_size: int = 1,
     limit: int | None = None,
     seed: int = 0,
@@ -183,6 +184,7 @@ def score(
         task: from `load_tasks`.
         policy: name of the eviction policy.
         sparsity: the level asked for.
+        max_rows: cap on the rows of a sequence in a layer, as for `Handle.use`.
         batch_size: requests a forward pass.
         limit: score the first documents only.
         seed: of every generator lm-eval draws from.
@@ -190,15 +192,17 @@ def score(
     Returns:
         the task's metrics (`acc`, `acc_norm`, `perplexity` ...), `stderr` (standard error of the
         mean of the first of them that is a mean over documents), `sparsity` (realised on this
-        task's own requests) and `n` (documents).
+        task's own requests), `capped` (share of the times that the cap on rows made some leave)
+        and `n` (documents).
 
     Raises:
         CtxpruneError: if the level asks for pruning and not one token was evicted.
     """
     handle = handle_of(model)
-    handle.use(policy, sparsity)
+    handle.use(policy, sparsity, max_rows=max_rows)
+    dense = handle.policy is None
     with _quiet(), handle.measure() as usage:
-        lm = PrunedLM(model, tokenizer, batch_size=batch_size, dense=sparsity == 0)
+        lm = PrunedLM(model, tokenizer, batch_size=batch_size, dense=dense)
         output: Any = simple_evaluate(
             lm,
             tasks=[task],
@@ -219,7 +223,12 @@ def score(
             "its texts may be shorter than the protected tokens",
         )
     metrics = _metrics(output["results"][name], output["samples"][name])
-    return {**metrics, "sparsity": usage.sparsity, "n": output["n-samples"][name]["effective"]}
+    return {
+        **metrics,
+        "sparsity": usage.sparsity,
+        "capped": usage.capped,
+        "n": output["n-samples"][name]["effective"],
+    }
 
 
 def _metrics(results: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, float]:

@@ -28,12 +28,14 @@ class Perplexity:
         sparsity: share of the earlier tokens that were gone when a query looked, mean over
             layers; realised, not requested.
         cache_sparsity: share of the tokens that were gone at the end of a window (the memory).
+        capped: share of the times that the cap on rows was asked at which it made some leave.
     """
 
     perplexity: float
     tokens: int
     sparsity: float
     cache_sparsity: float
+    capped: float
 
 
 def perplexity(
@@ -67,4 +69,6 @@ def perplexity(
             if progress is not None:
                 progress(min(start + batch_size, count), count)
     tokens = count * (length - 1)
-    return Perplexity(math.exp(loss / tokens), tokens, usage.sparsity, usage.cache_sparsity)
+    return Perplexity(
+        math.exp(loss / tokens), tokens, usage.sparsity, usage.cache_sparsity, usage.capped
+    )

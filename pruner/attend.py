@@ -5,30 +5,61 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 from torch.nn import functional as F
 
+from ctxprune.pruner.config import PERIOD
 from ctxprune.pruner.gate import Gate, free_pairs, log_survival, margin
 from ctxprune.pruner.levels import Level
 from ctxprune.pruner.policies import Block, Policy
 from ctxprune.pruner.table import Table
 
-# Queries a block. A larger one holds more rows at its end, a smaller one makes more small steps.
-BLOCK = 64
+# Queries a block. A larger one holds more rows at its end, a smaller one makes more small steps
+# (docs/performance.md).
+BLOCK = 128
 
 
 class Tally:
-    """Counts, over everything attended to, how much of the context was gone.
+    """Counts over everything attended to.
 
-    Pairs (j < k) are counted over layers and sequences.
+    Attributes:
+        kept, pairs: the pairs j < k that were looked at, and that there are, over layers and
+            sequences.
+        capped, borders: how often the cap on rows made some leave, and how often it was asked,
+            over layers and sequences.
     """
 
     def __init__(self) -> None:
         self.kept: Tensor | int = 0
         self.pairs: Tensor | int = 0
+        self.capped: Tensor | int = 0
+        self.borders: Tensor | int = 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The tokens of one forward pass, the same for every layer.
+
+    Attributes:
+        position: (b, n) int64 from the first real token of each sequence, -1 for padding.
+        seen: at least the number of tokens that any sequence has seen after this pass.
+        padded: some of them are -1.
+        blocks: (start, stop, border) of each block of queries; see `Block`.
+        max_rows: cap on the rows of a sequence.
+        tally: counts, if anybody wants to know.
+    """
+
+    position: Tensor
+    seen: int
+    padded: bool
+    blocks: tuple[tuple[int, int, bool], ...]
+    max_rows: int | None = None
+    tally: Tally | None = None
 
 
 def attend(
@@ -39,57 +70,116 @@ def attend(
     key: Tensor,
     value: Tensor,
     hidden: Tensor,
-    position: Tensor,
+    reading: Reading,
     *,
     scale: float,
-    tally: Tally,
     expires: Tensor | None = None,
-    block: int = BLOCK,
 ) -> Tensor:
     """Attend to the rows that the policy keeps, and evict the others.
 
     Args:
         query: (b, h, n, d); key, value: (b, h_kv, n, d), rotated already, of n new tokens.
         hidden: (b, n, hidden_size), the input of the attention module.
-        position: (b, n) int64 from the first real token of each sequence, -1 for padding.
-        tally: counts pairs.
+        reading: what these tokens are; the result does not depend on how it cuts them into blocks.
         expires: optional (b, total) int64, indexed by position; entry j is set to the position of
-            the query that dropped token j.
-        block: queries a step; the result does not depend on it.
+            the first query that does not see token j any more.
 
     Returns:
         (b, h, n, d) of query's dtype; arbitrary but finite at padding.
     """
-    notes = policy.annotate(layer, hidden)
+    with _span("gate"):
+        notes = policy.annotate(layer, hidden)
     outputs = []
-    for start in range(0, query.shape[2], block):
-        part = slice(start, start + block)
-        now = Block(position[:, part], {name: note[:, part] for name, note in notes.items()})
-        columns = {name: now.notes[name].unsqueeze(1) for name in policy.columns}
-        table.append(now.position, key=key[:, :, part], value=value[:, :, part], **columns)
-        alive, visible = _decide(table, policy, layer, now)
-        tally.kept = tally.kept + visible.sum() - (now.position >= 0).sum()
-        tally.pairs = tally.pairs + now.position.clamp_min(0).sum()
-        outputs.append(
-            _grouped_sdpa(
-                query[:, :, part], table.columns["key"], table.columns["value"], visible, scale
-            )
+    for index, (start, stop, border) in enumerate(reading.blocks):
+        part = slice(start, stop)
+        now = Block(
+            reading.position[:, part],
+            {name: note[:, part] for name, note in notes.items()},
+            reading.seen,
+            reading.padded,
+            border,
         )
-        if expires is not None:
-            _note_expiry(expires, table, now, alive)
-        table.evict(alive[:, -1])
+        with _span("eviction"):
+            columns = {name: now.notes[name].unsqueeze(1) for name in policy.columns}
+            table.append(now.position, key=key[:, :, part], value=value[:, :, part], **columns)
+        with _span("policy"):
+            alive, visible = _decide(table, policy, layer, now)
+        if reading.tally is not None:
+            _count(reading.tally, now, visible)
+        with _span("attention"):
+            outputs.append(_attention(table, policy, layer, query[:, :, part], now, visible, scale))
+        with _span("eviction"):
+            if border:
+                alive = _limit(table, policy, layer, now, alive, reading)
+            if alive is not None:
+                if expires is not None:
+                    _note_expiry(expires, table, now, alive)
+                following = reading.blocks[index + 1 : index + 2]
+                more = following[0][1] - stop if following else 0
+                table.evict(alive[:, -1], more=more)
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
-def _decide(table: Table, policy: Policy, layer: int, now: Block) -> tuple[Tensor, Tensor]:
-    """`alive` (b, q, r): not dropped by any query up to k. `visible`: alive, held and not later."""
-    assert table.position is not None
-    row, query = table.position[:, None, :], now.position[:, :, None]
-    earlier = (row >= 0) & (row < query)
-    alive = policy.keep(layer, table, now) | ~earlier
-    if alive.shape[1] > 1:
-        alive = alive.to(torch.uint8).cummin(dim=1).values.bool()
-    return alive, alive & (row >= 0) & (row <= query)
+def _span(name: str) -> AbstractContextManager[object]:
+    """A range in torch's profiler; entering one costs microseconds even if none is running."""
+    if profiler._is_profiler_enabled:
+        return torch.profiler.record_function(f"ctxprune.{name}")
+    return nullcontext()
+
+
+def _decide(table: Table, policy: Policy, layer: int, now: Block) -> tuple[Tensor | None, Tensor]:
+    """`alive` (b, q, r): no query up to k dropped it; None: all. `visible`: and held, not later."""
+    row, query = table.held[:, None, :], now.position[:, :, None]
+    keep = policy.keep(layer, table, now)
+    visible = row >= 0
+    if now.position.shape[1] == 1 and not now.padded:
+        return keep, visible if keep is None else keep & visible
+    visible = visible & (row <= query)
+    if keep is None:
+        return None, visible
+    alive = _running_and(keep | (row >= query))
+    return alive, alive & visible
+
+
+def _running_and(decisions: Tensor) -> Tensor:
+    """(b, q, r) bool: True while all of the queries so far said True."""
+    width = 1
+    # Doubling the reach takes log q passes over contiguous memory; cummin takes q strided ones.
+    while width < decisions.shape[1]:
+        decisions = torch.cat(
+            [decisions[:, :width], decisions[:, width:] & decisions[:, :-width]], dim=1
+        )
+        width *= 2
+    return decisions
+
+
+def _count(tally: Tally, now: Block, visible: Tensor) -> None:
+    """A query sees itself, and the pairs of query k are the k tokens before it."""
+    real = now.position >= 0
+    tally.kept = tally.kept + (visible & real[:, :, None]).sum() - real.sum()
+    tally.pairs = tally.pairs + now.position.clamp_min(0).sum()
+
+
+def _attention(
+    table: Table,
+    policy: Policy,
+    layer: int,
+    query: Tensor,
+    now: Block,
+    visible: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of (b, h, q, d) to the visible rows of the table."""
+    if now.padded:
+        # A padded query sees nothing; let it see everything rather than divide by zero.
+        visible = visible | ~visible.any(dim=-1, keepdim=True)
+    key, value = table.column("key"), table.column("value")
+    if not policy.needs_weights:
+        return _grouped_sdpa(query, key, value, visible, scale)
+    out, weights = _weighted(query, key, value, visible, scale)
+    real = (now.position >= 0)[:, :, None]
+    policy.observe(layer, table, now, weights * real)
+    return out
 
 
 def _grouped_sdpa(
@@ -100,24 +190,75 @@ def _grouped_sdpa(
     The query heads of a group are folded into the query axis, so keys and values are not repeated.
     """
     batch, heads, queries, width = query.shape
-    kv_heads = key.shape[1]
-    groups = heads // kv_heads
-    # A padded query sees nothing; let it see everything rather than divide by zero.
-    mask = visible | ~visible.any(dim=-1, keepdim=True)
-    folded = query.reshape(batch, kv_heads, groups * queries, width)
-    mask = mask[:, None].expand(-1, groups, -1, -1).reshape(batch, 1, groups * queries, -1)
+    groups = heads // key.shape[1]
+    folded = query.reshape(batch, key.shape[1], groups * queries, width)
+    mask = visible[:, None].expand(-1, groups, -1, -1).reshape(batch, 1, groups * queries, -1)
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, queries, value.shape[-1])
 
 
+def _weighted(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same, written out, with the weights (b, q, r), float32 or wider, mean over the heads."""
+    batch, heads, queries, width = query.shape
+    groups = heads // key.shape[1]
+    folded = query.reshape(batch, key.shape[1], groups, queries, width)
+    logits = (folded @ key[:, :, None].transpose(-1, -2)) * scale
+    logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    weights = logits.softmax(dim=-1, dtype=wide)
+    out = (weights.to(value.dtype) @ value[:, :, None]).reshape(batch, heads, queries, -1)
+    return out, weights.mean(dim=(1, 2))
+
+
+def _limit(
+    table: Table, policy: Policy, layer: int, now: Block, alive: Tensor | None, reading: Reading
+) -> Tensor:
+    """`alive` for the last query, without the rows beyond the policy's budget and the cap.
+
+    Both are enforced for the sequences whose newest token is a `PERIOD`-th one. The cap leaves
+    room for the tokens until the next time, so that it holds at every moment. (b, q + 1, r).
+    """
+    newest = now.position.amax(dim=1, keepdim=True)
+    seen = newest + 1
+    asked = (newest >= 0) & (seen % PERIOD == 0)
+    held = table.held >= 0
+    if alive is not None:
+        held = held & alive[:, -1]
+    rows = held.sum(dim=1, keepdim=True)
+    limit = rows
+    if policy.budget is not None:
+        limit = torch.minimum(limit, policy.budget.after(seen))
+    if reading.max_rows is not None:
+        room = reading.max_rows - PERIOD
+        if reading.tally is not None:
+            reading.tally.capped = reading.tally.capped + (asked & (limit > room)).sum()
+            reading.tally.borders = reading.tally.borders + asked.sum()
+        limit = limit.clamp_max(room)
+    limit = torch.where(asked, limit, rows)
+    scores = policy.score(layer, table, newest, limit)
+    # By score, and the newest first among equals; what is not held comes last.
+    order = table.held.masked_fill(~held, -1).argsort(dim=1, descending=True)
+    scores = scores.masked_fill(~held, -torch.inf).gather(1, order)
+    order = order.gather(1, scores.argsort(dim=1, descending=True, stable=True))
+    place = torch.arange(order.shape[1], device=order.device)
+    stays = torch.empty_like(held).scatter_(1, order, place < limit)[:, None]
+    if alive is None:
+        alive = stays.new_ones(()).expand(len(stays), now.position.shape[1], stays.shape[2])
+    return torch.cat([alive, alive[:, -1:] & stays], dim=1)
+
+
 def _note_expiry(expires: Tensor, table: Table, now: Block, alive: Tensor) -> None:
-    assert table.position is not None
-    dropped = ~alive[:, -1]
-    # The first query that drops: alive is monotone, so the count of True is its index.
-    first = alive.sum(dim=1).clamp_max(alive.shape[1] - 1)
-    when = now.position.gather(1, first)
+    """Note the first query that drops each row; a row that leaves by score is gone for the next."""
+    dropped = ~alive[:, -1] & (table.held >= 0)
+    # alive is monotone, so the count of True is the index of that query.
+    first = alive.sum(dim=1)
+    after = now.position.amax(dim=1, keepdim=True) + 1
+    queries = torch.cat([now.position, after], dim=1)
+    when = queries.gather(1, first.clamp_max(queries.shape[1] - 1))
     sequence, slot = dropped.nonzero(as_tuple=True)
-    expires[sequence, table.position[sequence, slot]] = when[sequence, slot]
+    expires[sequence, table.held[sequence, slot]] = when[sequence, slot]
 
 
 @dataclass

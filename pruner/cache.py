@@ -1,4 +1,4 @@
-"""PrunedCache: one table a layer, in the shape that transformers expects of a cache."""
+"""What transformers calls a cache: `PrunedCache`, one table a layer, and `DenseCache`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from ctxprune.pruner.attend import Tally
+from ctxprune.pruner.attend import BLOCK, Reading, Tally
+from ctxprune.pruner.config import PERIOD
+from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.policies import Policy
 from ctxprune.pruner.table import Table
 
@@ -59,39 +61,82 @@ class PrunedLayer(CacheLayerMixin):
         """Rows follow their beam."""
         self.table.reorder(beam_idx)
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times."""
+        batch = len(self.table.held)
+        self.table.reorder(
+            torch.arange(batch, device=self.table.held.device).repeat_interleave(repeats)
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These sequences alone."""
+        self.table.reorder(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: an evicted row cannot come back.
+
+        Raises:
+            CtxpruneError: always.
+        """
+        raise CtxpruneError(
+            "a pruned cache cannot go back to an earlier token, so assisted decoding and prompt "
+            "lookup do not work with it",
+            "generate without an assistant, or at sparsity 0",
+        )
+
 
 class PrunedCache(Cache):
     """A KV cache whose rows leave when the policy drops them.
 
     Args:
-        policy: decides; layers: of the model; tally: counts what it attended to.
-        record: also keep `expires`, a (b, n) int64 tensor a layer: the position of the query that
-            dropped token j, or the largest int64 if none did.
+        policy: decides. layers: of the model. block: queries that are attended to at once.
+        max_rows: cap on the rows of a sequence in a layer, which holds at every moment.
+        tally: counts what it attends to. record: also keep `expires`, a (b, n) int64 tensor a
+            layer: the position of the first query that does not see token j any more, or the
+            largest int64 if all do.
     """
 
-    def __init__(self, policy: Policy, layers: int, tally: Tally, *, record: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        layers: int,
+        *,
+        block: int = BLOCK,
+        max_rows: int | None = None,
+        tally: Tally | None = None,
+        record: bool = False,
+    ) -> None:
         super().__init__(layers=[PrunedLayer() for _ in range(layers)])
         self.policy = policy
+        self.block = block
+        self.max_rows = max_rows
         self.tally = tally
-        self.position: Tensor | None = None
+        self.reading: Reading | None = None
         self.tokens: Tensor | None = None
         self.expires: list[Tensor] | None = [] if record else None
 
     def advance(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> None:
-        """Give positions to the `length` tokens of the forward pass that begins.
+        """Give positions to the `length` tokens of the forward pass that begins, and cut it up.
 
         Args:
             mask: (b, at least length) of 1 for real tokens and 0 for padding; None: all real.
         """
-        if mask is None:
-            real = torch.ones(batch, length, dtype=torch.int64, device=device)
-        else:
-            real = mask[:, -length:].to(torch.int64)
         if self.tokens is None:
             self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-        position = self.tokens[:, None] + real.cumsum(dim=1) - 1
-        self.position = position.masked_fill(real == 0, -1)
-        self.tokens = self.tokens + real.sum(dim=1)
+        position = self.tokens[:, None] + torch.arange(length, device=device)
+        padded = mask is not None and not bool(mask[:, -length:].all())
+        if mask is not None and padded:
+            real = mask[:, -length:].to(torch.int64)
+            position = self.tokens[:, None] + real.cumsum(dim=1) - 1
+            position = position.masked_fill(real == 0, -1)
+            self.tokens = self.tokens + real.sum(dim=1)
+        else:
+            self.tokens = self.tokens + length
+        by_score = self.policy.budget is not None or self.max_rows is not None
+        borders = _borders(position) if by_score else set()
+        blocks = _blocks(length, self.block, borders)
+        seen = self.get_seq_length() + length
+        self.reading = Reading(position, seen, padded, blocks, self.max_rows, self.tally)
         if self.expires is not None:
             self._lengthen_record(int(self.tokens.max()))
 
@@ -146,3 +191,74 @@ class PrunedCache(Cache):
             grown = old.new_full((old.shape[0], total), never)
             grown[:, : old.shape[1]] = old
             self.expires[layer] = grown
+
+
+def _borders(position: Tensor) -> set[int]:
+    """Ends of blocks at which some sequence has read a `PERIOD`-th token; position (b, n)."""
+    rows = position.tolist()
+    return {at + 1 for row in rows for at, p in enumerate(row) if p >= 0 and (p + 1) % PERIOD == 0}
+
+
+def _blocks(length: int, block: int, borders: set[int]) -> tuple[tuple[int, int, bool], ...]:
+    """(start, stop, border) of blocks of at most `block` queries that end at every border."""
+    blocks, start = [], 0
+    for end in sorted(borders | {length}):
+        while start < end:
+            stop = min(start + block, end)
+            blocks.append((start, stop, stop in borders))
+            start = stop
+    return tuple(blocks)
+
+
+class DenseLayer(DynamicLayer):
+    """transformers' dynamic layer, but new tokens are written in place instead of into a copy.
+
+    `keys` and `values` are views of larger tensors, which grow by an eighth.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.storage: list[Tensor | None] = [None, None]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append, and return all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        key, value = self.storage
+        self.storage[0], self.keys = _append(key, self.keys, key_states)
+        self.storage[1], self.values = _append(value, self.values, value_states)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.storage = [None, None]
+
+
+class DenseCache(Cache):
+    """What a model at sparsity 0 generates with: every token stays, in tensors written in place."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=DenseLayer)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values of all layers, slack included."""
+        layers = [layer for layer in self.layers if isinstance(layer, DenseLayer)]
+        return sum(t.nbytes for layer in layers for t in layer.storage if t is not None)
+
+
+def _append(storage: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Write `new` (b, heads, n, d) behind `held`; returns the storage, and a view of all tokens."""
+    before = held.shape[2] if held.numel() else 0
+    total = before + new.shape[2]
+    # What was reordered is no longer a view of its storage.
+    if storage is None or storage.shape[2] < total or storage.data_ptr() != held.data_ptr():
+        storage = new.new_empty(*new.shape[:2], total + max(total // 8, 16), new.shape[3])
+        if before:
+            storage[:, :, :before] = held
+    storage[:, :, before:total] = new
+    return storage, storage[:, :, :total]

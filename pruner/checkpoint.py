@@ -163,6 +163,7 @@ def load(
     *,
     sparsity: float | None = None,
     policy: str = "gate",
+    max_rows: int | None = None,
     dtype: str = "float32",
     device: str = "cpu",
 ) -> PreTrainedModel:
@@ -172,6 +173,7 @@ def load(
         folder: what `convert`, `tune` or `export` wrote.
         sparsity: level in [0, 1); None: the one it was tuned to, 0 if it was not.
         policy: who decides; see `ctxprune.pruner.policies.names`.
+        max_rows: cap on the rows of a sequence; None: the one of `ctxprune.json`; 0: none.
         dtype: of the weights and the cache: float32, bfloat16, float16 or float64.
         device: torch device.
 
@@ -190,7 +192,7 @@ def load(
     gates = _load_gates(Path(folder), model, config)
     gates.to(device=device, dtype=torch.float64 if dtype == "float64" else torch.float32)
     handle = attach(model, gates, config)
-    handle.use(policy, config.tuned if sparsity is None else sparsity)
+    handle.use(policy, config.tuned if sparsity is None else sparsity, max_rows=max_rows)
     model.eval()
     return model
 

@@ -10,6 +10,9 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from ctxprune.pruner.errors import CtxpruneError, choose
 
+# Tokens of a sequence between two evictions by score (`policies.Policy.score`). More are cheaper to
+# read, since they make a block of queries; fewer follow a budget more closely.
+PERIOD = 16
 TRAINABLE = ("gates", "lora", "full", "dense")
 
 
@@ -26,6 +29,17 @@ def check_at_least(name: str, value: float, least: float) -> None:
     """Raise CtxpruneError if an option lies below its least value."""
     if value < least:
         raise CtxpruneError(f"{name} must be at least {least:g}, not {value:g}")
+
+
+def check_max_rows(rows: int, protected: int) -> None:
+    """Raise CtxpruneError unless a cap leaves room for protected tokens and those to be read."""
+    least = protected + 2 * PERIOD
+    if rows < least:
+        raise CtxpruneError(
+            f"a cap of {rows} rows is too small: {protected} tokens are protected, and {PERIOD} "
+            "are read between two evictions",
+            f"give `--max-rows {least}` or more",
+        )
 
 
 class FromMapping:
@@ -70,6 +84,7 @@ class PruneConfig(FromMapping):
         context: length in tokens that the gates were tuned and calibrated at.
         levels: sparsity -> shift of the gates' threshold that realises it; empty until tuned.
         tuned: the sparsity asked for at tuning, 0 until then; what `load` uses by default.
+        max_rows: cap on the rows of a sequence in a layer; None: no cap.
     """
 
     rank: int = 32
@@ -78,6 +93,7 @@ class PruneConfig(FromMapping):
     context: int = 512
     levels: Mapping[float, float] = field(default_factory=dict)
     tuned: float = 0.0
+    max_rows: int | None = None
 
     def __post_init__(self) -> None:
         check_at_least("rank", self.rank, 1)
@@ -85,6 +101,8 @@ class PruneConfig(FromMapping):
         check_at_least("protect_recent", self.protect_recent, 1)
         check_at_least("context", self.context, 2)
         check_sparsity(self.tuned)
+        if self.max_rows is not None:
+            check_max_rows(self.max_rows, self.protect_first + self.protect_recent)
         levels = {check_sparsity(float(level)): float(s) for level, s in self.levels.items()}
         object.__setattr__(self, "levels", dict(sorted(levels.items())))
 
@@ -154,3 +172,63 @@ class TuneConfig(FromMapping):
             check_at_least(name, getattr(self, name), 0.0)
         if self.distill > 1.0:
             raise CtxpruneError(f"distill is a weight in [0, 1], not {self.distill:g}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig(FromMapping):
+    """Texts to write.
+
+    Attributes:
+        prompt: texts to continue, as one batch; a single string is a batch of one.
+        sparsity: level in [0, 1); None: the tuned one.
+        policy: which eviction policy decides.
+        max_rows: cap on the rows of a sequence in a layer; None: the one of the model; 0: none.
+        max_new_tokens: tokens to write.
+        temperature: of sampling; 0 is greedy. top_k, top_p: sample among the likeliest only.
+        num_beams: beams of the search; 1: none.
+        num_return_sequences: texts a prompt.
+        stop: strings that end a text.
+        seed: of sampling.
+        dtype: of the weights and the cache.
+    """
+
+    prompt: tuple[str, ...] = ()
+    sparsity: float | None = None
+    policy: str = "gate"
+    max_rows: int | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "stop"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if not self.prompt or not all(text.strip() for text in self.prompt):
+            raise CtxpruneError("the prompt is empty", 'give some text: ctxprune generate "It was"')
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+        check_at_least("temperature", self.temperature, 0.0)
+        for name in ("max_new_tokens", "num_beams", "num_return_sequences", "top_k"):
+            value = getattr(self, name)
+            if value is not None:
+                check_at_least(name, value, 1)
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise CtxpruneError(f"top_p is a share in (0, 1], not {self.top_p:g}")
+        sampled = self.temperature > 0.0
+        if not sampled and (self.top_k is not None or self.top_p is not None):
+            raise CtxpruneError(
+                "top_k and top_p only matter to sampling", "give a temperature such as 0.8"
+            )
+        if not sampled and self.num_return_sequences > self.num_beams:
+            raise CtxpruneError(
+                f"greedy search finds {self.num_beams} texts a prompt, not "
+                f"{self.num_return_sequences}",
+                "give a temperature, or as many beams",
+            )

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from ctxprune.pruner import policies
 from ctxprune.pruner.attend import BLOCK, SoftAttention, Tally, attend, soft_attend
-from ctxprune.pruner.cache import PrunedCache
-from ctxprune.pruner.config import PruneConfig, check_sparsity
+from ctxprune.pruner.cache import DenseCache, PrunedCache
+from ctxprune.pruner.config import PruneConfig, check_max_rows, check_sparsity
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.families import Family, family_of
 from ctxprune.pruner.gate import Gate
@@ -51,6 +51,12 @@ class Usage:
         return self.evicted / self.pairs if self.pairs else 0.0
 
     @property
+    def capped(self) -> float:
+        """Share of the times that the cap on rows was asked at which it made some leave."""
+        borders = int(self.tally.borders)
+        return int(self.tally.capped) / borders if borders else 0.0
+
+    @property
     def cache_sparsity(self) -> float:
         """Share of the tokens that were gone at the end of their text, weighted by tokens."""
         total = sum(tokens for _, tokens in self.cache_sparsities)
@@ -78,6 +84,7 @@ class Handle:
         self.config = config
         self.policy: policies.Policy | None = None
         self.policy_name, self.sparsity = "gate", 0.0
+        self.max_rows: int | None = None
         self.soft: SoftAttention | None = None
         self.last_cache: PrunedCache | None = None
         self.block = BLOCK
@@ -96,39 +103,55 @@ class Handle:
         return [gate for gate in self.gates if isinstance(gate, Gate)]
 
     def use(
-        self, policy: str = "gate", sparsity: float = 0.0, *, context: int | None = None
+        self,
+        policy: str | policies.Policy = "gate",
+        sparsity: float = 0.0,
+        *,
+        context: int | None = None,
+        max_rows: int | None = None,
     ) -> None:
         """Choose what the following forward passes and generations drop.
 
         Args:
-            policy: a name of `policies.names()`.
-            sparsity: share of the earlier tokens to drop, in [0, 1); at 0 the engine is off and
-                the model computes its own dense attention.
-            context: length of the texts, from which a baseline sets its window.
+            policy: a name of `policies.names()`, or a policy that was made already.
+            sparsity: share of the earlier tokens to drop, in [0, 1). At 0, without a cap, the
+                engine is off and the model computes its own dense attention.
+            context: length of the texts, from which a policy with a budget sets it.
+            max_rows: cap on the rows of a sequence in a layer, at every moment; None: the one of
+                the model's configuration; 0: none.
 
         Raises:
-            CtxpruneError: unknown policy, sparsity out of range, or gates that were not tuned.
+            CtxpruneError: unknown policy, sparsity or cap out of range, or gates that were not
+                tuned.
         """
         check_sparsity(sparsity)
-        request = policies.Request(sparsity, context, self.config, self.gate_list)
-        if sparsity == 0.0:
-            choose("policy", policy, policies.names())
-            self.policy = None
+        self.max_rows = (self.config.max_rows if max_rows is None else max_rows) or None
+        if self.max_rows is not None:
+            check_max_rows(self.max_rows, self.config.protect_first + self.config.protect_recent)
+        if isinstance(policy, policies.Policy):
+            self.policy, self.policy_name = policy, type(policy).__name__
         else:
-            self.policy = policies.make(policy, request)
-        self.policy_name, self.sparsity = policy, sparsity
+            self.policy_name = choose("policy", policy, policies.names())
+            request = policies.Request(
+                sparsity, context, self.config, self.gate_list, self.max_rows
+            )
+            dense = sparsity == 0.0 and self.max_rows is None
+            self.policy = None if dense else policies.make(policy, request)
+        self.sparsity = sparsity
         self._switch()
 
-    def cache(self, *, record: bool = False) -> PrunedCache:
-        """A fresh cache for the chosen policy; see `PrunedCache`.
-
-        Raises:
-            CtxpruneError: the engine is off.
-        """
+    def cache(self, *, record: bool = False) -> PrunedCache | DenseCache:
+        """A fresh cache for what was chosen; `record` as in `PrunedCache`."""
         if self.policy is None:
-            raise CtxpruneError("sparsity 0 needs no pruned cache", "call `use` with a sparsity")
-        tally = self._usage.tally if self._usage else Tally()
-        self.last_cache = PrunedCache(self.policy, len(self.gates), tally, record=record)
+            return DenseCache()
+        self.last_cache = PrunedCache(
+            self.policy,
+            len(self.gates),
+            block=self.block,
+            max_rows=self.max_rows,
+            tally=self._usage.tally if self._usage else None,
+            record=record,
+        )
         return self.last_cache
 
     @contextmanager
@@ -162,7 +185,10 @@ class Handle:
 
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: see that a pruned forward pass has a cache, and that the cache knows positions."""
+        past = kwargs.get("past_key_values")
         if self.policy is None:
+            if type(past) is DynamicCache and past.get_seq_length() == 0:
+                kwargs["past_key_values"] = DenseCache()
             return
         ids = args[0] if args else kwargs.get("input_ids")
         tokens = ids if ids is not None else kwargs["inputs_embeds"]
@@ -170,16 +196,17 @@ class Handle:
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise CtxpruneError("a pruned model takes attention masks of shape (batch, tokens)")
-        if not isinstance(kwargs.get("past_key_values"), PrunedCache):
-            past = kwargs.get("past_key_values")
+        if not isinstance(past, PrunedCache):
             if past is not None and past.get_seq_length() > 0:
                 raise CtxpruneError(
                     "a dense cache cannot be pruned after the fact",
                     "start from an empty cache, or pass `model.ctxprune.cache()`",
                 )
-            kwargs["past_key_values"] = self._scored = self.cache()
+            cache = self.cache()
+            assert isinstance(cache, PrunedCache)
+            kwargs["past_key_values"] = self._scored = past = cache
             kwargs["use_cache"] = True
-        cache = kwargs["past_key_values"]
+        cache = past
         if self.family.bounded:
             limit = self._model.config.max_position_embeddings
             if cache.get_seq_length() + length > limit:
@@ -290,7 +317,7 @@ def _attention(
         gate = handle.gate_list[call.layer]
         out = soft_attend(handle.soft, gate, call.layer, query, key, value, hidden, scale=scale)
     else:
-        assert cache is not None and cache.position is not None
+        assert cache is not None and cache.reading is not None
         out = attend(
             cache.table(call.layer),
             cache.policy,
@@ -299,10 +326,8 @@ def _attention(
             key,
             value,
             hidden,
-            cache.position,
+            cache.reading,
             scale=scale,
-            tally=cache.tally,
             expires=cache.expiry(call.layer),
-            block=handle.block,
         )
     return out.transpose(1, 2).contiguous(), None

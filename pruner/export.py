@@ -23,7 +23,7 @@ def export(
         CtxpruneError: `folder` is no converted model, or `out` cannot be written.
     """
     about = checkpoint.describe(folder)
-    model = checkpoint.load(folder, sparsity=0.0)
+    model = checkpoint.load(folder, sparsity=0.0, max_rows=0)
     handle = handle_of(model)
     tokenizer = checkpoint.load_tokenizer(folder)
     with checkpoint.staged(out, force=force) as target:

@@ -158,10 +158,19 @@ class Gate(nn.Module):
 
         Positions are int64, (b, q) and (b, r), counted from the first token of each sequence.
         """
+        age = query_position[..., :, None] - row_position[..., None, :]
+        return self.content(query, key) + self.forgetting(age, log_window, shift)
+
+    def content(self, query: Tensor, key: Tensor) -> Tensor:
+        """The part of the score (b, q, r) that depends on the tokens."""
         dtype = self.query.weight.dtype
         with torch.autocast(query.device.type, enabled=False):
-            content = query.to(dtype) @ key.to(dtype).transpose(-1, -2)
-            age = query_position[..., :, None] - row_position[..., None, :]
-            forgetting = log_window - age.clamp_min(1).to(dtype).log()
-            scores: Tensor = content * query.shape[-1] ** -0.5
-            return scores + (self.slope * forgetting + (self.bias + shift))
+            product = query.to(dtype) @ key.to(dtype).transpose(-1, -2)
+            scaled: Tensor = product * query.shape[-1] ** -0.5
+        return scaled
+
+    def forgetting(self, age: Tensor, log_window: float, shift: float) -> Tensor:
+        """The part that depends on the age alone, int64 of any shape; ages below 1 count as 1."""
+        since = log_window - age.clamp_min(1).to(self.slope.dtype).log()
+        forgotten: Tensor = self.slope * since + (self.bias + shift)
+        return forgotten

@@ -140,7 +140,7 @@ def tune(
             f"there is no interrupted run for `{out}` to resume", "leave out `--resume`"
         )
     on_phase("loading the model")
-    model = checkpoint.load(folder, sparsity=0.0)
+    model = checkpoint.load(folder, sparsity=0.0, max_rows=0)
     handle = handle_of(model)
     tokenizer = checkpoint.load_tokenizer(folder)
     _check_context(model, handle, config)

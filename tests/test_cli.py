@@ -13,7 +13,7 @@ import pytest
 
 Make = Callable[[str], Path]
 PAGES = Path(__file__).parent.parent / "docs" / "commands"
-COMMANDS = ("convert", "tune", "eval", "export", "generate", "run", "info")
+COMMANDS = ("convert", "tune", "eval", "bench", "export", "generate", "run", "info")
 
 
 def ctxprune(

@@ -181,9 +181,9 @@ def test_a_dropped_row_is_gone(family: str, policy: str) -> None:
     before = cache.nbytes
     # Free slots hold the remains of evicted rows: whatever stands there must not matter.
     for table in cache.tables():
-        assert int((~table.valid).sum()) > 0
+        assert table.position is not None and bool((table.position < 0).any())
         for column in table.columns.values():
-            free = ~table.valid[:, None, :, None].expand_as(column)
+            free = (table.position < 0)[:, None, :, None].expand_as(column)
             column[free] = 1e3 * torch.randn(int(free.sum()), dtype=column.dtype)
     more = random_ids(2, 12, seed=3)
     with torch.no_grad():
@@ -232,19 +232,6 @@ def test_generating_is_scoring(family: str, policy: str) -> None:
     scored = logits_of(model, out, attention_mask=full)[:, 49:-1].argmax(dim=-1)
     assert torch.equal(scored, out[:, 50:])
     assert handle.last_cache is not None and handle.last_cache.sparsity > 0.3
-
-
-@matrix
-def test_beams_keep_their_rows(family: str) -> None:
-    model, handle = pruning_model(family)
-    handle.use("gate", 0.7)
-    out = model.generate(
-        random_ids(2, 30), max_new_tokens=40, num_beams=3, do_sample=False, eos_token_id=None,
-        pad_token_id=0, return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
-    chosen = logits_of(model, out.sequences)[:, 29:-1].log_softmax(dim=-1)
-    total = chosen.gather(2, out.sequences[:, 30:, None]).sum(dim=(1, 2))
-    torch.testing.assert_close(out.sequences_scores.double() * 40, total, atol=1e-3, rtol=0)
 
 
 @matrix

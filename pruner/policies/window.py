@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from ctxprune.pruner.gate import window_of
-from ctxprune.pruner.policies import Block, Request
+from ctxprune.pruner.policies import Block, Policy, Request
 from ctxprune.pruner.table import Table
 
 
-class WindowPolicy:
+class WindowPolicy(Policy):
     """Keeps the first `sinks` tokens and a window of the newest.
 
     With a known context the window has the fixed width that gives the requested sparsity there;
     without, it holds the requested share of the tokens seen so far.
     """
-
-    columns = ()
 
     def __init__(self, request: Request, sinks: int = 0) -> None:
         self.sinks = sinks
@@ -27,14 +26,9 @@ class WindowPolicy:
         if request.context is not None:
             self.width = _width(request.sparsity, request.context, sinks)
 
-    def annotate(self, layer: int, hidden: Tensor) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
     def keep(self, layer: int, table: Table, block: Block) -> Tensor:
         """(b, q, r) bool: age at most the window's width, or a sink."""
-        assert table.position is not None
-        row, query = table.position[:, None, :], block.position[:, :, None]
+        row, query = table.held[:, None, :], block.position[:, :, None]
         age = query - row
         if self.width is not None:
             recent = age <= self.width
@@ -42,6 +36,10 @@ class WindowPolicy:
             # k earlier tokens were seen; the sinks are part of the share.
             recent = age <= (query * self.share - self.sinks).ceil().clamp_min(1)
         return recent | (row < self.sinks)
+
+    def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
+        """(b, r): the oldest leave first, the sinks never."""
+        return table.held.double().masked_fill(table.held < self.sinks, torch.inf)
 
 
 def _width(sparsity: float, context: int, sinks: int) -> int:

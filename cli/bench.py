@@ -1,0 +1,105 @@
+"""`ctxprune bench`: speed and memory, dense and pruned, side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctxprune.cli.console import check_writable, say, write_text
+from ctxprune.cli.console import out as stdout
+from ctxprune.cli.options import Dtype, MaxRows, Model, Policy, Seed, given, numbers, words
+from ctxprune.cli.workspace import current
+from ctxprune.pruner.errors import CtxpruneError
+
+EXAMPLES = """
+Examples:
+
+  ctxprune bench --batch 1,8 --context 256,512 --json speed.json --plot speed.png
+
+  ctxprune bench --model ./m --forced --sparsity 0,0.8 --modes pruned,oracle
+
+  ctxprune bench --architecture gpt2 --batch 32 --context 1024
+"""
+
+
+def bench(
+    model: Model = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option(help="Instead of a model: random weights of gpt2, llama or a config.json."),
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Batch sizes, comma-separated; default: 1,8.")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Tokens of context, comma-separated; default: 512.")
+    ] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Levels, comma-separated; default: 0,0.5,0.8,0.9.")
+    ] = None,
+    policy: Policy = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(help="Of dense-dynamic, dense-static, pruned, oracle; default: all."),
+    ] = None,
+    forced: Annotated[
+        bool | None,
+        typer.Option("--forced", help="Draw survival at random: for gates that were not tuned."),
+    ] = None,
+    max_rows: MaxRows = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Measurements of each figure; default: 5.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Decode steps a measurement; default: 16.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text of the prompts, a file or datasets name.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Annotated[str | None, typer.Option(help="torch device; default: cpu.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a PNG here.")] = None,
+    seed: Seed = None,
+) -> None:
+    """Measure speed and memory of prefill and decoding, dense and pruned, side by side."""
+    for path in (json_file, plot_file):
+        if path is not None:
+            check_writable(path)
+    if model is not None and architecture is not None:
+        raise CtxpruneError("`--model` and `--architecture` exclude each other")
+    options = given(
+        architecture=architecture,
+        batch=numbers(batch),
+        context=numbers(context),
+        sparsity=numbers(sparsity),
+        policy=policy,
+        modes=words(modes),
+        forced=forced,
+        max_rows=max_rows,
+        repeats=repeats,
+        steps=steps,
+        text=text,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+    )
+    from ctxprune.evals.speed import BenchConfig
+    from ctxprune.evals.speed import bench as run
+    from ctxprune.evals.speed_report import plot, rich_table
+
+    config = BenchConfig.from_mapping(options, "the options")
+    folder = None if architecture is not None else current(model)
+    state = Path(".ctxprune") / "bench-state.json"
+    results = run(folder, config, state=state, on_event=say)
+    if json_file is not None:
+        write_text(json_file, json.dumps(results, indent=2) + "\n")
+        say(f"wrote {json_file}")
+    if plot_file is not None:
+        plot_file.parent.mkdir(parents=True, exist_ok=True)
+        plot(results, plot_file)
+        say(f"wrote {plot_file}")
+    stdout.print(rich_table(results))

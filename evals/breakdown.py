@@ -1,0 +1,74 @@
+"""Where the time of a decode step goes: arXiv 2305.15805, figure 5, with eviction beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from statistics import median
+
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers.pytorch_utils import Conv1D
+
+# The engine marks its parts with profiler ranges; the projections are marked here.
+RANGES = {
+    "projections": "ctxprune.projections",
+    "gate": "ctxprune.gate",
+    "policy": "ctxprune.policy",
+    "attention": "ctxprune.attention",
+    "eviction": "ctxprune.eviction",
+}
+
+
+def breakdown(
+    model: nn.Module, step: Callable[[], float], steps: int, step_ms: float
+) -> dict[str, float]:
+    """Milliseconds a decode step spends in each part, and in the `rest`; they add up to `step_ms`.
+
+    A part's time is its median share of the profiled steps, times `step_ms`. The profiler slows
+    down what it watches, small operations most; so parts that consist of many of these (gate,
+    policy, eviction) come out somewhat too large, and matrix products too small.
+
+    Args:
+        model: its linear layers are the projections; the gates are none of its modules.
+        step: does one decode step, and returns its seconds; done `steps` times.
+        step_ms: median of the steps that were not profiled.
+    """
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    cuda = next(model.parameters()).is_cuda
+    with _marked(linear, RANGES["projections"]):
+        shares = [_shares(step, cuda) for _ in range(steps)]
+    parts = {part: step_ms * median(share[part] for share in shares) for part in RANGES}
+    return {**parts, "rest": step_ms - sum(parts.values())}
+
+
+def _shares(step: Callable[[], float], cuda: bool) -> dict[str, float]:
+    """Each part's share of one step's time."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiled:
+        seconds = step()
+    spent = dict.fromkeys(RANGES.values(), 0.0)
+    for event in profiled.events() or ():
+        if event.name in spent and event.device_type.name == "CPU":
+            spent[event.name] += event.device_time_total if cuda else event.cpu_time_total
+    return {part: spent[name] / 1e6 / seconds for part, name in RANGES.items()}
+
+
+@contextmanager
+def _marked(modules: Iterable[nn.Module], name: str) -> Iterator[None]:
+    """Show the forward passes of leaf modules to the profiler under one name."""
+    running: list[record_function] = []
+
+    def enter(*_: object) -> None:
+        running.append(record_function(name).__enter__())
+
+    def leave(*_: object) -> None:
+        running.pop().__exit__(None, None, None)
+
+    hooks = [module.register_forward_pre_hook(enter) for module in modules]
+    hooks += [module.register_forward_hook(leave) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

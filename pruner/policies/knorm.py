@@ -1,0 +1,31 @@
+"""Key norms: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", 2406.11430.
+
+A key of small norm gets much attention, so the rows of the largest norm leave first. It differs
+from the paper in that the heads of a layer share their rows (the mean of their norms), that no
+layer is spared, and that eviction happens after every `PERIOD`-th token, in the prompt too.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ctxprune.pruner.budget import Budget
+from ctxprune.pruner.policies import Policy, Request
+from ctxprune.pruner.table import Table
+
+
+class KeyNormPolicy(Policy):
+    """Keeps the rows whose keys are shortest."""
+
+    def __init__(self, request: Request) -> None:
+        self.budget = Budget(request.sparsity, request.context)
+
+    def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
+        """(b, r): the mean norm of a row's keys, negative. Rotary positions leave it as it is."""
+        norms: Tensor = table.column("key").float().norm(dim=-1)
+        return -norms.mean(dim=1)
+
+
+def make(request: Request) -> KeyNormPolicy:
+    """Key norms within the budget of a sparsity."""
+    return KeyNormPolicy(request)

@@ -1,0 +1,40 @@
+"""Random rows, beside attention sinks and the newest: what any choice of tokens has to beat.
+
+Each token of each layer draws a number once, from its position, and the least numbers leave first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ctxprune.pruner.budget import Budget
+from ctxprune.pruner.policies import Policy, Request
+from ctxprune.pruner.table import Table
+
+
+class RandomPolicy(Policy):
+    """Keeps the protected tokens of the model's configuration, and any others."""
+
+    def __init__(self, request: Request) -> None:
+        self.first = max(request.config.protect_first, 1)
+        self.recent = request.config.protect_recent
+        self.budget = Budget(request.sparsity, request.context, least=self.first + self.recent)
+
+    def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
+        """(b, r): the token's number in [0, 1)."""
+        protected = (table.held < self.first) | (table.held > newest - self.recent)
+        return draw(table.held, layer).masked_fill(protected, torch.inf)
+
+
+def draw(position: Tensor, layer: int) -> Tensor:
+    """A number in [0, 1), float32, for each int64 position: the same for every sequence."""
+    # Two rounds of a multiplicative hash: one leaves neighbours in even steps.
+    mixed = (position * 2654435761 + layer * 40503 + 12345) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
+    return (mixed ^ (mixed >> 13)).float() / 2.0**32
+
+
+def make(request: Request) -> RandomPolicy:
+    """Random rows within the budget of a sparsity."""
+    return RandomPolicy(request)

@@ -1,0 +1,286 @@
+"""Generating for real: caps that hold, conversations, beams, stop strings, half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from test_laws import POLICIES, logits_of, pruning_model, random_ids
+from transformers import PreTrainedTokenizerFast
+
+from ctxprune.pruner.checkpoint import load, load_tokenizer
+from ctxprune.pruner.config import PERIOD, GenerateConfig
+from ctxprune.pruner.engine import Handle
+from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.generation import generate
+from ctxprune.pruner.table import TIDY_EVERY, Table
+
+matrix = pytest.mark.parametrize("family", FAMILIES)
+every_policy = pytest.mark.parametrize("policy", POLICIES)
+
+
+def greedy(model: Any, prompt: torch.Tensor, count: int, **options: Any) -> torch.Tensor:
+    """Ids (b, prompt + count) of a continuation without an end."""
+    # Without a mask, a text that has the padding token in it would be taken for padded.
+    options = {"do_sample": False, "attention_mask": torch.ones_like(prompt), **options}
+    ids: torch.Tensor = model.generate(
+        prompt, max_new_tokens=count, eos_token_id=None, pad_token_id=0, **options
+    )
+    return ids
+
+
+class MostRows:
+    """The most rows that any table held after an append, watched from outside."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.rows, self.appends = 0, 0
+        append = Table.append
+
+        def watched(table: Table, position: torch.Tensor, **columns: torch.Tensor) -> None:
+            append(table, position, **columns)
+            self.rows = max(self.rows, int(table.rows().max()))
+            self.appends += 1
+
+        patch.setattr(Table, "append", watched)
+
+
+@matrix
+@every_policy
+def test_the_cap_holds_at_every_moment(
+    family: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill of ragged prompts in blocks, then single tokens; one pass gives the same text."""
+    model, handle = pruning_model(family)
+    handle.use(policy, 0.3, max_rows=48)
+    prompts = random_ids(2, 150)
+    mask = torch.ones_like(prompts)
+    mask[1, :67] = 0
+    most = MostRows(monkeypatch)
+    with handle.measure() as usage:
+        out = greedy(model, prompts, 100, attention_mask=mask)
+    assert most.rows <= 48
+    assert 0.5 < usage.capped <= 1.0
+    full = torch.cat([mask, torch.ones(2, 100, dtype=mask.dtype)], dim=1)
+    scored = logits_of(model, out, attention_mask=full)[:, 149:-1].argmax(dim=-1)
+    assert torch.equal(scored, out[:, 150:])
+
+
+def test_the_cap_holds_over_16k_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, handle = pruning_model("llama", "float32")
+    model.config.max_position_embeddings = 20_000
+    handle.use("gate", 0.5, max_rows=64)
+    most = MostRows(monkeypatch)
+    out = greedy(model, random_ids(1, 14_336), 2048)
+    assert out.shape[1] == 16_384
+    # One block of 16 at a time in the prompt, then one token at a time, in each of three layers.
+    assert most.appends == 3 * (14_336 // PERIOD + 2047)
+    assert 48 < most.rows <= 64
+    assert handle.last_cache is not None
+    assert handle.last_cache.nbytes < 0.02 * handle.last_cache.dense_nbytes
+
+
+@matrix
+def test_a_cap_alone_prunes_a_model_at_sparsity_0(family: str) -> None:
+    """As a window with sinks does, as long as the gate has learned nothing."""
+    model, handle = pruning_model(family)
+    for gate in handle.gate_list:
+        torch.nn.init.zeros_(gate.key.weight)
+    handle.use("gate", 0.0, max_rows=40)
+    cache = handle.cache()
+    with torch.no_grad():
+        model(random_ids(1, 160), past_key_values=cache, use_cache=True)
+    held = cache.tables()[1].held  # type: ignore[union-attr]
+    assert sorted(held[held >= 0].tolist()) == [0, 1, *range(160 - 22, 160)]
+
+
+def test_caps_that_are_too_small() -> None:
+    _, handle = pruning_model("gpt2")
+    with pytest.raises(CtxpruneError, match="a cap of 20 rows is too small"):
+        handle.use("gate", 0.7, max_rows=20)
+
+
+@matrix
+@every_policy
+def test_a_conversation_goes_on_with_the_same_cache(family: str, policy: str) -> None:
+    """Prefill, decode, prefill again, decode: the text is that of one pass over all ids."""
+    model, handle = pruning_model(family)
+    handle.use(policy, 0.7, context=200)
+    cache = handle.cache()
+    first = greedy(model, random_ids(2, 70), 40, past_key_values=cache)
+    asked = torch.cat([first, random_ids(2, 33, seed=5)], dim=1)
+    second = greedy(model, asked, 30, past_key_values=cache)
+    scored = logits_of(model, second).argmax(dim=-1)
+    assert torch.equal(scored[:, 69:109], second[:, 70:110])
+    assert torch.equal(scored[:, -31:-1], second[:, -30:])
+    assert cache.get_seq_length() == second.shape[1] - 1
+
+
+@matrix
+@every_policy
+def test_beams_keep_their_rows(family: str, policy: str) -> None:
+    model, handle = pruning_model(family)
+    handle.use(policy, 0.7, context=70)
+    prompts = random_ids(2, 30)
+    mask = torch.ones_like(prompts)
+    mask[1, :9] = 0
+    out: Any = model.generate(
+        prompts, attention_mask=mask, max_new_tokens=40, num_beams=3, num_return_sequences=2,
+        do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True,
+        output_scores=True,
+    )  # fmt: skip
+    ids = out.sequences
+    full = torch.cat([mask.repeat_interleave(2, 0), torch.ones(4, 40, dtype=mask.dtype)], dim=1)
+    chosen = logits_of(model, ids, attention_mask=full)[:, 29:-1].log_softmax(dim=-1)
+    total = chosen.gather(2, ids[:, 30:, None]).sum(dim=(1, 2))
+    torch.testing.assert_close(out.sequences_scores.double() * 40, total, atol=1e-3, rtol=0)
+
+
+@matrix
+def test_sampled_texts_of_a_prompt_have_their_own_rows(family: str) -> None:
+    model, handle = pruning_model(family)
+    handle.use("gate", 0.7)
+    torch.manual_seed(0)
+    options = {"num_return_sequences": 4, "do_sample": True, "output_logits": True}
+    out: Any = greedy(model, random_ids(1, 40), 60, return_dict_in_generate=True, **options)
+    assert len({tuple(row) for row in out.sequences.tolist()}) == 4
+    logits = torch.stack(out.logits, dim=1).double()
+    expected = logits_of(model, out.sequences)[:, 39:-1]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@matrix
+def test_assisted_decoding_is_refused(family: str) -> None:
+    model, handle = pruning_model(family)
+    handle.use("gate", 0.7)
+    with pytest.raises(CtxpruneError, match="assisted decoding"):
+        greedy(model, random_ids(1, 40).repeat(1, 2), 20, prompt_lookup_num_tokens=3)
+
+
+@matrix
+def test_at_sparsity_0_generating_is_bit_for_bit_dense(family: str) -> None:
+    """The dense cache is written in place: the same numbers, without a copy a token."""
+    model, handle = pruning_model(family, "float32")
+    prompts = random_ids(2, 30)
+    mask = torch.ones_like(prompts)
+    mask[1, :9] = 0
+    options = {
+        "attention_mask": mask,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "num_beams": 2,
+    }
+    ours: Any = greedy(model, prompts, 60, past_key_values=handle.cache(), **options)
+    assert type(ours.past_key_values).__name__ == "DenseCache"
+    by_itself: Any = greedy(model, prompts, 60, **options)
+    assert type(by_itself.past_key_values).__name__ == "DenseCache"
+    handle.before_forward = lambda args, kwargs: None  # type: ignore[method-assign]
+    theirs: Any = greedy(model, prompts, 60, **options)
+    assert type(theirs.past_key_values).__name__ == "DynamicCache"
+    for one, two, three in zip(ours.logits, by_itself.logits, theirs.logits, strict=True):
+        assert torch.equal(one, three) and torch.equal(two, three)
+
+
+@matrix
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_policy
+def test_half_precision_follows_full_precision(
+    family: str, dtype: torch.dtype, policy: str
+) -> None:
+    """A flipped decision moves logits; most of them have to stay where they are."""
+    model, handle = pruning_model(family, "float32")
+    handle.use(policy, 0.6, context=200)
+    ids = random_ids(2, 200)
+    with handle.measure() as usage:
+        full = logits_of(model, ids)
+    model.to(dtype)  # type: ignore[arg-type]
+    with handle.measure() as half_usage:
+        half = logits_of(model, ids)
+    assert half.dtype == dtype
+    assert half_usage.sparsity == pytest.approx(usage.sparsity, abs=0.03)
+    error = (half.float() - full).abs().median() / full.abs().median()
+    assert float(error) < 0.2
+
+
+@matrix
+@pytest.mark.parametrize("policy", ["gate", "window", "sink", "strided"])
+def test_decoding_waits_for_the_device_once_in_many_tokens(
+    family: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What makes a program wait is a value that Python reads from a tensor."""
+    model, handle = pruning_model(family)
+    handle.use(policy, 0.7, context=200)
+    cache = handle.cache()
+    ids = random_ids(2, 60 + 2 * TIDY_EVERY)
+    waits: list[str] = []
+    with torch.no_grad():
+        model(ids[:, :60], past_key_values=cache, use_cache=True)
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero"):
+            real = getattr(torch.Tensor, name)
+
+            def watched(tensor: torch.Tensor, name: str = name, real: Any = real) -> Any:
+                waits.append(name)
+                return real(tensor)
+
+            monkeypatch.setattr(torch.Tensor, name, watched)
+        for at in range(60, ids.shape[1]):
+            model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+    # Three layers, two or three measurements each.
+    assert 6 <= len(waits) <= 9
+
+
+@pytest.fixture
+def served(
+    tiny_folder: Callable[[str], Path],
+) -> tuple[Any, PreTrainedTokenizerFast, Handle]:
+    """A loaded model that prunes as a window with sinks does."""
+    folder = tiny_folder("llama")
+    model = load(folder, policy="sink", sparsity=0.5)
+    return model, load_tokenizer(folder), model.ctxprune  # type: ignore[return-value]
+
+
+def test_unequal_prompts_are_written_as_alone(served: Any) -> None:
+    model, tokenizer, _ = served
+    prompts = ("It was a bright cold day in the harbour, and the old captain", "The letter")
+    together = generate(model, tokenizer, GenerateConfig(prompts, max_new_tokens=40))
+    for prompt, text in zip(prompts, together.texts, strict=True):
+        alone = generate(model, tokenizer, GenerateConfig((prompt,), max_new_tokens=40))
+        assert alone.texts == [text] and text.startswith(prompt)
+    assert 0.0 < together.sparsity < 1.0
+    assert 0 < together.kv_bytes < together.dense_kv_bytes
+
+
+def test_stop_strings_end_a_text(served: Any) -> None:
+    model, tokenizer, _ = served
+    whole = generate(model, tokenizer, GenerateConfig(("The letter",), max_new_tokens=40)).texts[0]
+    stop = whole[len("The letter") + 10 :][:2]
+    config = GenerateConfig(("The letter",), max_new_tokens=40, stop=(stop,))
+    cut = generate(model, tokenizer, config).texts[0]
+    assert len(cut) < len(whole) and stop in cut[len("The letter") :] and whole.startswith(cut)
+
+
+def test_text_streams_as_it_is_written(served: Any) -> None:
+    model, tokenizer, _ = served
+    pieces: list[str] = []
+    config = GenerateConfig(("The old captain",), max_new_tokens=30)
+    done = generate(model, tokenizer, config, pieces.append)
+    assert len(pieces) > 3 and "".join(pieces).strip() == done.texts[0].strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ()}, "the prompt is empty"),
+        ({"prompt": "a", "num_beams": 0}, "at least 1"),
+        ({"prompt": "a", "num_return_sequences": 3}, "greedy search finds 1"),
+        ({"prompt": "a", "top_p": 0.5}, "only matter to sampling"),
+        ({"prompt": "a", "top_p": 1.5, "temperature": 1.0}, r"share in \(0, 1\]"),
+        ({"prompt": "a", "sparsity": 1.0}, "outside"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CtxpruneError, match=message):
+        GenerateConfig.from_mapping(options, "a test")
