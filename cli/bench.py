@@ -50,9 +50,8 @@ def bench(
         typer.Option("--forced", help="Draw survival at random: for gates that were not tuned."),
     ] = None,
     max_rows: MaxRows = None,
-    repeats: Annotated[
-        int | None, typer.Option(help="Measurements of each figure; default: 5.")
-    ] = None,
+    repeats: Annotated[int | None, typer.Option(help="Bursts of decode steps; default: 5.")] = None,
+    prefills: Annotated[int | None, typer.Option(help="Timed prefills; default: 3.")] = None,
     steps: Annotated[
         int | None, typer.Option(help="Decode steps a measurement; default: 16.")
     ] = None,
@@ -81,6 +80,7 @@ def bench(
         forced=forced,
         max_rows=max_rows,
         repeats=repeats,
+        prefills=prefills,
         steps=steps,
         text=text,
         dtype=dtype,

@@ -135,7 +135,10 @@ def evaluate(
         return result
 
     rows = []
+    evicts_every = 0
     for level in levels:
+        handle.use(config.policy, level, max_rows=config.max_rows)
+        evicts_every = max(evicts_every, handle.evicts_every)
         row = measure(level, PERPLEXITY, partial(_perplexity, model, text, config, level))
         run = partial(
             score,
@@ -153,6 +156,8 @@ def evaluate(
     return {
         "model": str(folder),
         "policy": config.policy,
+        "max_rows": config.max_rows,
+        "evicts_every": evicts_every,
         "context": config.context,
         "levels": rows,
         "text": config.text or "embedded",

@@ -90,9 +90,14 @@ def _note(results: Results) -> str:
     """What every figure has to be read with: context length and number of tokens."""
     contexts = sorted({result["context"] for result in results})
     tokens = sorted({level["tokens"] for result in results for level in result["levels"]})
-    return (
-        f"Perplexity at context {', '.join(map(str, contexts))}, "
-        f"on {', '.join(f'{count:,}' for count in tokens)} tokens"
+    periods = {result["policy"]: result["evicts_every"] for result in results}
+    slow = [f"{policy} evicts every {n} tokens" for policy, n in periods.items() if n > 1]
+    return "; ".join(
+        [
+            f"Perplexity at context {', '.join(map(str, contexts))}, "
+            f"on {', '.join(f'{count:,}' for count in tokens)} tokens",
+            *slow,
+        ]
     )
 
 

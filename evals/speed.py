@@ -54,7 +54,7 @@ class BenchConfig(FromMapping):
         modes: of `MODES`; `oracle` is dense attention to as many rows as `pruned` keeps.
         forced: the gate computes its scores, but a token's survival is drawn at random.
         max_rows: cap on the rows of a sequence in a layer; None: that of the model; 0: none.
-        repeats: measurements of each figure. steps: decode steps a measurement.
+        repeats: bursts of decode steps a mode. steps: in a burst. prefills: timed ones a mode.
         text: of the prompts: .txt/.jsonl(.gz) file, folder, `datasets` name; None: the embedded
             evaluation sample.
         seed: of random weights. dtype, device: of the model.
@@ -70,6 +70,7 @@ class BenchConfig(FromMapping):
     max_rows: int | None = None
     repeats: int = 5
     steps: int = 16
+    prefills: int = 3
     text: str | None = None
     seed: int = 0
     dtype: str = "float32"
@@ -94,7 +95,7 @@ class BenchConfig(FromMapping):
         choose("dtype", self.dtype, DTYPES)
         if self.forced and self.policy != "gate":
             raise CtxpruneError(f"forced survival is the gate's, not that of `{self.policy}`")
-        for name in ("repeats", "steps"):
+        for name in ("repeats", "steps", "prefills"):
             check_at_least(name, getattr(self, name), 1)
         if self.max_rows is not None:
             check_at_least("max_rows", self.max_rows, 0)
@@ -178,6 +179,7 @@ def bench(
     return {
         "model": subject.name,
         "policy": config.policy,
+        "evicts_every": _evicts_every(handle_of(subject.model), config),
         "forced": config.forced,
         "max_rows": _cap(handle_of(subject.model), config) or None,
         "random_weights": config.architecture is not None,
@@ -185,6 +187,7 @@ def bench(
         "text": config.text or "embedded",
         "repeats": config.repeats,
         "steps": config.steps,
+        "prefills": config.prefills,
         "seed": config.seed,
         "dtype": config.dtype,
         "device": str(subject.model.device),
@@ -267,8 +270,8 @@ class Comparison:
         self._say("warming up")
         for lane in readers:
             self._warm_up(lane)
-        for repeat in range(self.config.repeats):
-            self._say(f"prefill {repeat + 1} of {self.config.repeats}")
+        for repeat in range(self.config.prefills):
+            self._say(f"prefill {repeat + 1} of {self.config.prefills}")
             for lane in readers:
                 self._prefill(lane)
         for lane in readers:
@@ -477,6 +480,16 @@ def _whole(name: str, values: Any, least: int) -> tuple[int, ...]:
 def _cap(handle: Handle, config: BenchConfig) -> int:
     """Rows that a sequence may hold in a layer, 0 for any number."""
     return (handle.config.max_rows or 0) if config.max_rows is None else config.max_rows
+
+
+def _evicts_every(handle: Handle, config: BenchConfig) -> int:
+    """Tokens between two evictions at the highest level, 0 without any."""
+    if config.forced:
+        return 1
+    handle.use(config.policy, max(config.sparsity), max_rows=_cap(handle, config))
+    every = handle.evicts_every
+    handle.use(config.policy, 0.0, max_rows=0)
+    return every
 
 
 def _check_policy(handle: Handle, config: BenchConfig) -> None:

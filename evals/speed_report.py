@@ -166,7 +166,12 @@ def _note(results: dict[str, Any]) -> str:
         parts.append(f"at most {results['max_rows']} rows")
     parts.append(f"{results['dtype']} on {results['machine']}")
     parts.append(f"{results['threads']} thread{'s' * (results['threads'] != 1)}")
-    parts.append(f"medians of {results['repeats']}, {results['steps']} steps each")
+    if results["evicts_every"] > 1:
+        parts.append(f"evicts every {results['evicts_every']} tokens")
+    parts.append(
+        f"medians of {results['repeats']} bursts of {results['steps']} steps, and of "
+        f"{results['prefills']} prefills"
+    )
     if any(row["text_repeated"] for row in results["rows"]):
         parts.append("some prompts repeated")
     return ", ".join(parts)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ctxprune.pruner.attend import SoftAttention
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.levels import Level, prior
+from ctxprune.pruner.soft import SoftAttention
 
 TOLERANCE = 0.002
 ROUNDS = 6

@@ -17,12 +17,13 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from ctxprune.pruner import policies
-from ctxprune.pruner.attend import BLOCK, SoftAttention, Tally, attend, soft_attend
+from ctxprune.pruner.attend import BLOCK, Tally, attend
 from ctxprune.pruner.cache import DenseCache, PrunedCache
-from ctxprune.pruner.config import PruneConfig, check_max_rows, check_sparsity
+from ctxprune.pruner.config import PERIOD, PruneConfig, check_max_rows, check_sparsity
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.families import Family, family_of
 from ctxprune.pruner.gate import Gate
+from ctxprune.pruner.soft import SoftAttention, soft_attend
 
 NAME = "ctxprune"
 DENSE = "sdpa"
@@ -139,6 +140,13 @@ class Handle:
             self.policy = None if dense else policies.make(policy, request)
         self.sparsity = sparsity
         self._switch()
+
+    @property
+    def evicts_every(self) -> int:
+        """Tokens of a sequence between two evictions; 0 while nothing is evicted."""
+        if self.policy is None:
+            return 0
+        return 1 if self.policy.budget is None else PERIOD
 
     def cache(self, *, record: bool = False) -> PrunedCache | DenseCache:
         """A fresh cache for what was chosen; `record` as in `PrunedCache`."""

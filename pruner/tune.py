@@ -30,11 +30,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.pruner import checkpoint, data
 from ctxprune.pruner import levels as levels_module
-from ctxprune.pruner.attend import SoftAttention
 from ctxprune.pruner.calibrate import calibrate
 from ctxprune.pruner.config import TuneConfig
 from ctxprune.pruner.engine import Handle, handle_of
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
+from ctxprune.pruner.metrics import Metrics
 from ctxprune.pruner.objective import (
     distillation_loss,
     hardening,
@@ -43,11 +43,11 @@ from ctxprune.pruner.objective import (
     sample_level,
     sparsity_penalty,
 )
+from ctxprune.pruner.soft import SoftAttention
 
 # Held-out tokens that the levels are calibrated on.
 CALIBRATION_TOKENS = 8192
 STATE = "state.safetensors"
-METRICS = "metrics.jsonl"
 
 OnStep = Callable[[dict[str, Any]], None]
 OnPhase = Callable[[str], None]
@@ -171,17 +171,19 @@ def tune(
             figures["tokens_per_s"] = pace * tokens * accelerator.num_processes
             figures["eta_s"] = (config.steps - step - 1) / pace
             if accelerator.is_main_process:
-                run.log(figures)
+                run.metrics.log(figures)
                 if on_step is not None:
                     on_step(figures)
                 last = step + 1 == config.steps
                 if stop.is_set() or (step + 1) % config.save_every == 0 or last:
                     run.save(step + 1)
             if stop.is_set():
+                run.metrics.close()
                 raise Interrupted(
                     f"stopped after step {step + 1} of {config.steps}; the state is saved",
                     "go on with `--resume`",
                 )
+    run.metrics.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _finish(run, model, handle, tokenizer, valid_windows, out, force, on_phase)
@@ -340,7 +342,7 @@ def _finish(
     provenance = {**provenance, "tune": dataclasses.asdict(config)}
     with checkpoint.staged(out, force=force) as folder:
         checkpoint.write(folder, model, handle.gates, prune, tokenizer, provenance)
-        shutil.copy(run.work / METRICS, folder / METRICS)
+        run.metrics.copy(folder)
     shutil.rmtree(run.work)
 
 
@@ -359,6 +361,7 @@ class _Run:
         self.source = source
         self.config = config
         self.optimizer = optimizer
+        self.metrics = Metrics(work)
         self._trained = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
 
     def begin(self) -> int:
@@ -368,6 +371,7 @@ class _Run:
             self.work.mkdir(parents=True)
         except OSError as error:
             raise CtxpruneError(f"`{self.work}` cannot be made: {error.strerror}") from error
+        self.metrics.begin(0)
         return 0
 
     def save(self, step: int) -> None:
@@ -415,19 +419,8 @@ class _Run:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         step = int(about["step"])
-        self._cut_log(step)
+        self.metrics.begin(step)
         return step
-
-    def log(self, figures: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
-        with (self.work / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
-
-    def _cut_log(self, step: int) -> None:
-        """Forget the lines of steps that will be done again; the last may be half a line."""
-        path = self.work / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
-        path.write_text("".join(lines), encoding="utf-8")
 
     def _identity(self) -> str:
         return json.dumps({"source": str(self.source.resolve()), **dataclasses.asdict(self.config)})

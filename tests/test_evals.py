@@ -116,7 +116,7 @@ def test_a_task_added_later_is_run_alone(
         "piqa at sparsity 0.5: running",
     ]
     dense, pruned = (level["tasks"]["piqa"] for level in result["levels"])
-    assert dense.keys() == pruned.keys() == {"acc", "acc_norm", "stderr", "sparsity", "n"}
+    assert dense.keys() == pruned.keys() == {"acc", "acc_norm", "stderr", "sparsity", "capped", "n"}
     assert dense["sparsity"] == 0.0 < pruned["sparsity"]
     assert dense["n"] == 2
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctxprune.pruner import policies
-from ctxprune.pruner.attend import SoftAttention
 from ctxprune.pruner.checkpoint import load
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.engine import Handle, attach, new_gates
 from ctxprune.pruner.export import export
 from ctxprune.pruner.levels import level_of
+from ctxprune.pruner.soft import SoftAttention
 
 POLICIES = policies.names()
 DTYPES = {"float32": (torch.float32, 2e-4), "float64": (torch.float64, 1e-10)}

@@ -22,7 +22,14 @@ def result(model: str, policy: str, points: list[tuple[float, float, float]]) ->
         }
         for requested, realised, value in points
     ]
-    return {"model": model, "policy": policy, "context": 512, "levels": levels}
+    every = 16 if policy == "h2o" else 1
+    return {
+        "model": model,
+        "policy": policy,
+        "evicts_every": every,
+        "context": 512,
+        "levels": levels,
+    }
 
 
 RESULTS = [
@@ -66,3 +73,9 @@ def test_plot_of_a_dense_model_alone(tmp_path: Path) -> None:
     path = tmp_path / "perplexity.png"
     plot(RESULTS[2:], path)
     assert path.exists()
+
+
+def test_a_policy_that_evicts_now_and_then_is_said_to() -> None:
+    assert "evicts every" not in markdown(RESULTS)
+    slow = result("runs/tuned", "h2o", [(0.8, 0.79, 40.0)])
+    assert "h2o evicts every 16 tokens" in markdown([*RESULTS, slow])

@@ -13,7 +13,9 @@ from test_laws import POLICIES, logits_of, pruning_model, random_ids
 from transformers import PreTrainedTokenizerFast
 
 from ctxprune.pruner.checkpoint import load, load_tokenizer
-from ctxprune.pruner.config import PERIOD, GenerateConfig
+from ctxprune.pruner.config import PERIOD, GenerateConfig, PruneConfig
+from ctxprune.pruner.convert import convert
+from ctxprune.pruner.data import read_texts, windows
 from ctxprune.pruner.engine import Handle
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.generation import generate
@@ -150,6 +152,21 @@ def test_sampled_texts_of_a_prompt_have_their_own_rows(family: str) -> None:
     logits = torch.stack(out.logits, dim=1).double()
     expected = logits_of(model, out.sequences)[:, 39:-1]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_half_a_thousand_tokens_in_a_fraction_of_the_memory(tmp_path: Path) -> None:
+    """The embedded model, four prompts of 512 tokens, 512 more: bytes, and the text of one pass."""
+    config = PruneConfig(levels={0.8: 0.0}, tuned=0.8)
+    folder = convert(None, tmp_path / "m", config)
+    model = load(folder, dtype="float64")
+    text = windows(load_tokenizer(folder), read_texts(None, "eval"), 512)
+    out = greedy(model, text[::20][:4], 512)
+    cache = model.ctxprune.last_cache
+    dense = 4 * 2 * 1023 * model.config.hidden_size * model.config.num_hidden_layers * 8
+    assert cache.dense_nbytes == dense
+    assert cache.nbytes < 0.3 * dense
+    scored = logits_of(model, out)[:, 511:-1].argmax(dim=-1)
+    assert torch.equal(scored, out[:, 512:])
 
 
 @matrix

@@ -25,7 +25,7 @@ from ctxprune.pruner.errors import CtxpruneError
 Make = Callable[[str], Path]
 CONTEXT = 96
 QUICK = BenchConfig(
-    batch=(2,), context=(CONTEXT,), sparsity=(0.0, 0.8), forced=True, repeats=2, steps=3
+    batch=(2,), context=(CONTEXT,), sparsity=(0.0, 0.8), forced=True, repeats=2, steps=3, prefills=1
 )
 
 
@@ -233,8 +233,8 @@ def test_what_would_fail_later_is_refused_at_once(
 def test_the_command(tiny_folder: Make, text_file: Path, tmp_path: Path) -> None:
     done = ctxprune(
         "bench", "--model", str(tiny_folder("gpt2")), "--batch", "1,2", "--context", "64",
-        "--sparsity", "0,0.5", "--forced", "--repeats", "1", "--steps", "2", "--text",
-        str(text_file), "--json", "out/r.json", "--plot", "out/r.png", cwd=tmp_path,
+        "--sparsity", "0,0.5", "--forced", "--prefills", "1", "--repeats", "1", "--steps", "2",
+        "--text", str(text_file), "--json", "out/r.json", "--plot", "out/r.png", cwd=tmp_path,
     )  # fmt: skip
     assert "gate" in done.stdout and "batch 2, context 64: decoding 1 of 1" in done.stderr
     results = json.loads((tmp_path / "out" / "r.json").read_text())

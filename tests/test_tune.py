@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctxprune.pruner import data
 from ctxprune.pruner.calibrate import TOLERANCE
@@ -22,8 +23,9 @@ from ctxprune.pruner.checkpoint import GATES, load, load_tokenizer, read_config
 from ctxprune.pruner.config import TuneConfig
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
+from ctxprune.pruner.metrics import BOARD, METRICS
 from ctxprune.pruner.objective import hardening, learning_rate_factor, sample_level
-from ctxprune.pruner.tune import METRICS, STATE, tune
+from ctxprune.pruner.tune import STATE, tune
 
 Make = Callable[[str], Path]
 
@@ -55,6 +57,10 @@ def test_what_is_trained_changes_and_nothing_else(
     assert bool(changed - gates) == (train != "gates")
     lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    board = EventAccumulator(str(out / BOARD)).Reload()
+    assert [point.value for point in board.Scalars("lm_loss")] == pytest.approx(
+        [line["lm_loss"] for line in lines]
+    )
     if train != "dense":
         pruned = [line for line in lines if "layers_live" in line]
         assert pruned and all(len(line["layers_live"]) == 3 for line in pruned)
