@@ -14,7 +14,7 @@ Model = Annotated[
 ]
 Policy = Annotated[
     str | None,
-    typer.Option(help="gate, window, sink, strided, h2o, tova, snapkv, knorm or random."),
+    typer.Option(help="gate (default), window, sink, strided, h2o, tova, snapkv, knorm or random."),
 ]
 MaxRows = Annotated[
     int | None,

@@ -27,10 +27,11 @@ from ctxprune.evals.forced import ForcedPolicy
 from ctxprune.evals.memory import machine, peak_of
 from ctxprune.evals.provenance import provenance
 from ctxprune.evals.subject import check_positions, from_architecture, from_folder, prompts
-from ctxprune.pruner.cache import DenseCache, PrunedCache
+from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.checkpoint import DTYPES
 from ctxprune.pruner.config import FromMapping, check_at_least, check_max_rows, check_sparsity
 from ctxprune.pruner.data import read_texts, windows
+from ctxprune.pruner.dense import DenseCache
 from ctxprune.pruner.engine import Handle, handle_of
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.policies import names as policy_names

@@ -14,18 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ctxprune.pruner import policies
 from ctxprune.pruner.attend import BLOCK, Tally, attend
-from ctxprune.pruner.cache import DenseCache, PrunedCache
+from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.config import PERIOD, PruneConfig, check_max_rows, check_sparsity
+from ctxprune.pruner.dense import DenseCache, dense_attention
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.families import Family, family_of
 from ctxprune.pruner.gate import Gate
 from ctxprune.pruner.soft import SoftAttention, soft_attend
 
 NAME = "ctxprune"
+OFF = "ctxprune-off"
 DENSE = "sdpa"
 
 
@@ -189,7 +191,7 @@ class Handle:
 
     def _switch(self) -> None:
         active = self.policy is not None or self.soft is not None
-        self._model.config._attn_implementation = NAME if active else DENSE
+        self._model.config._attn_implementation = NAME if active else OFF
 
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: see that a pruned forward pass has a cache, and that the cache knows positions."""
@@ -253,6 +255,8 @@ def attach(model: PreTrainedModel, gates: nn.ModuleList, config: PruneConfig) ->
         )
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionInterface.register(OFF, dense_attention)
+    AttentionMaskInterface.register(OFF, sdpa_mask)
     handle = Handle(model, family, gates, config)
     for layer, attention in enumerate(attentions):
         object.__setattr__(attention, "_ctxprune_call", _Call(handle, layer))

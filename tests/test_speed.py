@@ -18,8 +18,9 @@ from ctxprune.evals.breakdown import RANGES
 from ctxprune.evals.speed import MODES, BenchConfig, Comparison, bench, kv_bytes
 from ctxprune.evals.speed_report import markdown, plot, rich_table
 from ctxprune.evals.subject import prompts
-from ctxprune.pruner.cache import DenseCache, PrunedCache
+from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.checkpoint import load
+from ctxprune.pruner.dense import DenseCache
 from ctxprune.pruner.errors import CtxpruneError
 
 Make = Callable[[str], Path]
