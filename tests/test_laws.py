@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctxprune.pruner import policies
+from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.checkpoint import load
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.convert import convert
 from ctxprune.pruner.engine import Handle, attach, new_gates
 from ctxprune.pruner.export import export
 from ctxprune.pruner.levels import level_of
@@ -266,3 +268,57 @@ def test_convert_save_load_export_load_is_exact(
         assert torch.equal(tensor, fresh[name]) and torch.equal(tensor, again[name])
     ids = random_ids(1, 50)
     assert torch.equal(logits_of(first, ids), logits_of(second, ids))
+
+
+@matrix
+@every_policy
+def test_later_tokens_change_nothing_before_them(family: str, policy: str) -> None:
+    model, handle = pruning_model(family)
+    handle.use(policy, 0.7, context=LENGTH)
+    ids = random_ids(1, LENGTH)
+    other = torch.cat([ids[:, :90], random_ids(1, LENGTH - 90, seed=9)], dim=1)
+    first, second = logits_of(model, ids)[:, :90], logits_of(model, other)[:, :90]
+    torch.testing.assert_close(first, second, atol=1e-10, rtol=0)
+
+
+@matrix
+@every_policy
+def test_what_was_dropped_stays_dropped(family: str, policy: str) -> None:
+    """Rows of a layer at each step: those of the step before, or fewer, and the new one."""
+    model, handle = pruning_model(family)
+    handle.use(policy, 0.7, context=LENGTH)
+    cache = handle.cache()
+    assert isinstance(cache, PrunedCache)
+    ids = random_ids(2, 120)
+    held: dict[tuple[int, int], set[int]] = {}
+    dropped = 0
+    with torch.no_grad():
+        for at in range(120):
+            model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            for layer, table in enumerate(cache.tables()):
+                for b in range(2):
+                    now = {p for p in table.held[b].tolist() if p >= 0}
+                    assert len(now) == int((table.held[b] >= 0).sum())
+                    before = held.get((layer, b), set())
+                    assert now <= before | {at}
+                    dropped += len((before | {at}) - now)
+                    held[layer, b] = now
+    assert dropped > 3 * 2 * 120 * 0.4
+
+
+@every_policy
+def test_a_saved_model_prunes_as_before(
+    policy: str, dense_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = PruneConfig(rank=8, context=128, levels={0.5: 0.1}, tuned=0.5, max_rows=64)
+    folder = convert(str(dense_folder("llama")), tmp_path / "a", config)
+    again = export(folder, tmp_path / "b")
+    ids = random_ids(1, 150)
+    logits = []
+    for saved in (folder, again):
+        model = load(saved, policy=policy)
+        cache = model.ctxprune.cache()
+        logits.append(logits_of(model, ids, past_key_values=cache))
+        assert max(int(table.rows().max()) for table in cache.tables()) <= 64
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], logits_of(load(folder, sparsity=0.0, max_rows=0), ids))
