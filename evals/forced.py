@@ -37,5 +37,5 @@ class ForcedPolicy(GatePolicy):
     def keep(self, layer: int, table: Table, block: Block) -> Tensor:
         """(b, q, r) bool: drawn, or protected."""
         super().keep(layer, table, block)  # for its cost, not for its answer
-        age = block.position[:, :, None] - table.held[:, None, :]
-        return self.stays[layer][table.held][:, None, :] | (age < self.config.protect_recent)
+        recent = table.held[:, None, :] > block.position[:, :, None] - self.config.protect_recent
+        return self.stays[layer][table.held][:, None, :] | recent

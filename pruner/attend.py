@@ -190,7 +190,9 @@ def _grouped_sdpa(
     batch, heads, queries, width = query.shape
     groups = heads // key.shape[1]
     folded = query.reshape(batch, key.shape[1], groups * queries, width)
-    mask = visible[:, None].expand(-1, groups, -1, -1).reshape(batch, 1, groups * queries, -1)
+    mask = visible[:, None]
+    if queries > 1:
+        mask = mask.expand(-1, groups, -1, -1).reshape(batch, 1, groups * queries, -1)
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, queries, value.shape[-1])
 

@@ -9,6 +9,7 @@ docs/method.md says where we depart from them.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -114,6 +115,13 @@ def free_pairs(
     return (age >= max(protect_recent, 1)) & (row_position[..., None, :] >= protect_first)
 
 
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """The gate computes in its own dtype; entering torch's context costs a decode step dear."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 class Gate(nn.Module):
     """The parameters of one attention layer's gate, shared by its heads.
 
@@ -141,9 +149,10 @@ class Gate(nn.Module):
         They are computed in the gate's own dtype and rounded to that of the hidden states, in
         which a row's key is kept; training rounds alike, so that it sees the same decisions.
         """
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _no_autocast(hidden.device):
             wide = hidden.to(self.query.weight.dtype)
-            return self.query(wide).to(hidden.dtype), self.key(wide).to(hidden.dtype)
+            query, key = F.linear(wide, self.query.weight), F.linear(wide, self.key.weight)
+            return query.to(hidden.dtype), key.to(hidden.dtype)
 
     def scores(
         self,
@@ -164,7 +173,7 @@ class Gate(nn.Module):
     def content(self, query: Tensor, key: Tensor) -> Tensor:
         """The part of the score (b, q, r) that depends on the tokens."""
         dtype = self.query.weight.dtype
-        with torch.autocast(query.device.type, enabled=False):
+        with _no_autocast(query.device):
             product = query.to(dtype) @ key.to(dtype).transpose(-1, -2)
             scaled: Tensor = product * query.shape[-1] ** -0.5
         return scaled

@@ -88,8 +88,8 @@ class Policy:
     def keep(self, layer: int, table: Table, block: Block) -> Tensor | None:
         """(b, q, r) bool, True = query k would keep row j, and always its own; None: all of them.
 
-        `attend` combines the answers along the queries, so that what is dropped stays dropped,
-        and sees to causality and padding.
+        `attend` combines the answers along the queries, so that what is dropped stays dropped, and
+        sees to causality and padding: for free slots and later rows any answer will do.
         """
         return None
 

@@ -52,28 +52,34 @@ class GatePolicy(Policy):
         return notes
 
     def keep(self, layer: int, table: Table, block: Block) -> Tensor | None:
-        """(b, q, r) bool: s > 0, or protected."""
+        """(b, q, r) bool: s > 0, or protected; anything where the row is later than the query."""
         row = table.held[:, None, :]
         age = block.position[:, :, None] - row
-        scores = self.gates[layer].content(
+        content = self.gates[layer].content(
             block.notes["interaction_query"], table.column("interaction_key")[:, 0]
         )
-        scores += self._forgetting(layer, block.seen)[age.clamp_min_(0)]
+        needed = self._needed(layer, block.seen)
         sink = row < self.config.protect_first
         if "margin" in self.columns:
+            # A later row has a negative age; the newest tokens are as little in question.
+            scores = content - needed[age.clamp_min_(0)]
             margin = table.column("margin")[:, 0, :, 0]
             least = scores.masked_fill(sink, torch.inf).amin(dim=1)
             margin.copy_(torch.minimum(margin, least))
-        return torch.logical_or(scores > 0, sink) if self.drops else None
+        return (content > needed[age]) | sink if self.drops else None
 
-    def _forgetting(self, layer: int, longest: int) -> Tensor:
-        """`Gate.forgetting` of all ages up to `longest`; +inf for the protected newest tokens."""
+    def _needed(self, layer: int, longest: int) -> Tensor:
+        """What the content has to exceed at all ages up to `longest`: minus `Gate.forgetting`.
+
+        -inf for the protected newest tokens. A difference is above 0 exactly where the one number
+        is above the other, so these are the decisions of s > 0.
+        """
         known = self._tables.get(layer)
         if known is None or len(known) <= longest:
             gate = self.gates[layer]
             age = torch.arange(2 * longest + 256, device=gate.slope.device)
-            known = gate.forgetting(age, self.level.log_window, self.level.shift).detach()
-            known[: max(self.config.protect_recent, 1)] = torch.inf
+            known = -gate.forgetting(age, self.level.log_window, self.level.shift).detach()
+            known[: max(self.config.protect_recent, 1)] = -torch.inf
             self._tables[layer] = known
         return known
 
