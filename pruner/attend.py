@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import profiler
 from torch.nn import functional as F
 
+from ctxprune.pruner.budget import cap_period
 from ctxprune.pruner.config import PERIOD
 from ctxprune.pruner.policies import Block, Policy
 from ctxprune.pruner.table import Table
@@ -217,26 +218,27 @@ def _limit(
 ) -> Tensor:
     """`alive` for the last query, without the rows beyond the policy's budget and the cap.
 
-    Both are enforced for the sequences whose newest token is a `PERIOD`-th one. The cap leaves
+    Each is enforced for the sequences whose newest token is at a border of its own. The cap leaves
     room for the tokens until the next time, so that it holds at every moment. (b, q + 1, r).
     """
     newest = now.position.amax(dim=1, keepdim=True)
     seen = newest + 1
-    asked = (newest >= 0) & (seen % PERIOD == 0)
     held = table.held >= 0
     if alive is not None:
         held = held & alive[:, -1]
     rows = held.sum(dim=1, keepdim=True)
     limit = rows
     if policy.budget is not None:
-        limit = torch.minimum(limit, policy.budget.after(seen))
+        asked = (newest >= 0) & (seen % PERIOD == 0)
+        limit = torch.where(asked, torch.minimum(rows, policy.budget.after(seen)), rows)
     if reading.max_rows is not None:
-        room = reading.max_rows - PERIOD
+        period = cap_period(reading.max_rows)
+        room = reading.max_rows - period
+        asked = (newest >= 0) & (seen % period == 0)
         if reading.tally is not None:
             reading.tally.capped = reading.tally.capped + (asked & (limit > room)).sum()
             reading.tally.borders = reading.tally.borders + asked.sum()
-        limit = limit.clamp_max(room)
-    limit = torch.where(asked, limit, rows)
+        limit = torch.where(asked, limit.clamp_max(room), limit)
     scores = policy.score(layer, table, newest, limit)
     # By score, and the newest first among equals; what is not held comes last.
     order = table.held.masked_fill(~held, -1).argsort(dim=1, descending=True)

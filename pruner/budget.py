@@ -13,6 +13,17 @@ from torch import Tensor
 from ctxprune.pruner.config import PERIOD
 
 
+def cap_period(max_rows: int) -> int:
+    """Tokens of a sequence between two times that a cap on rows is enforced, a divisor of `PERIOD`.
+
+    So many rows below the cap are left free for the tokens in between: at most a sixteenth of it.
+    """
+    period = PERIOD
+    while period > 1 and period * 16 > max_rows:
+        period //= 2
+    return period
+
+
 class Budget:
     """Rows that a sequence may hold.
 

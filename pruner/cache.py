@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ctxprune.pruner.attend import BLOCK, Reading, Tally
+from ctxprune.pruner.budget import cap_period
 from ctxprune.pruner.config import PERIOD
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.policies import Policy
@@ -132,8 +133,11 @@ class PrunedCache(Cache):
             self.tokens = self.tokens + real.sum(dim=1)
         else:
             self.tokens = self.tokens + length
-        by_score = self.policy.budget is not None or self.max_rows is not None
-        borders = _borders(position) if by_score else set()
+        borders: set[int] = set()
+        if self.max_rows is not None:
+            borders = _borders(position, cap_period(self.max_rows))
+        elif self.policy.budget is not None:
+            borders = _borders(position, PERIOD)
         blocks = _blocks(length, self.block, borders)
         seen = self.get_seq_length() + length
         self.reading = Reading(position, seen, padded, blocks, self.max_rows, self.tally)
@@ -193,10 +197,10 @@ class PrunedCache(Cache):
             self.expires[layer] = grown
 
 
-def _borders(position: Tensor) -> set[int]:
-    """Ends of blocks at which some sequence has read a `PERIOD`-th token; position (b, n)."""
+def _borders(position: Tensor, period: int) -> set[int]:
+    """Ends of blocks at which some sequence has read a `period`-th token; position (b, n)."""
     rows = position.tolist()
-    return {at + 1 for row in rows for at, p in enumerate(row) if p >= 0 and (p + 1) % PERIOD == 0}
+    return {at + 1 for row in rows for at, p in enumerate(row) if p >= 0 and (p + 1) % period == 0}
 
 
 def _blocks(length: int, block: int, borders: set[int]) -> tuple[tuple[int, int, bool], ...]:

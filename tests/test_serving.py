@@ -12,8 +12,9 @@ from conftest import FAMILIES
 from test_laws import POLICIES, logits_of, pruning_model, random_ids
 from transformers import PreTrainedTokenizerFast
 
+from ctxprune.pruner.budget import cap_period
 from ctxprune.pruner.checkpoint import load, load_tokenizer
-from ctxprune.pruner.config import PERIOD, GenerateConfig, PruneConfig
+from ctxprune.pruner.config import GenerateConfig, PruneConfig
 from ctxprune.pruner.convert import convert
 from ctxprune.pruner.data import read_texts, windows
 from ctxprune.pruner.engine import Handle
@@ -78,9 +79,9 @@ def test_the_cap_holds_over_16k_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     most = MostRows(monkeypatch)
     out = greedy(model, random_ids(1, 14_336), 2048)
     assert out.shape[1] == 16_384
-    # One block of 16 at a time in the prompt, then one token at a time, in each of three layers.
-    assert most.appends == 3 * (14_336 // PERIOD + 2047)
-    assert 48 < most.rows <= 64
+    # One block of 4 at a time in the prompt, then one token at a time, in each of three layers.
+    assert most.appends == 3 * (14_336 // cap_period(64) + 2047)
+    assert 60 < most.rows <= 64
     assert handle.last_cache is not None
     assert handle.last_cache.nbytes < 0.02 * handle.last_cache.dense_nbytes
 
@@ -96,7 +97,11 @@ def test_a_cap_alone_prunes_a_model_at_sparsity_0(family: str) -> None:
     with torch.no_grad():
         model(random_ids(1, 160), past_key_values=cache, use_cache=True)
     held = cache.tables()[1].held  # type: ignore[union-attr]
-    assert sorted(held[held >= 0].tolist()) == [0, 1, *range(160 - 22, 160)]
+    assert sorted(held[held >= 0].tolist()) == [0, 1, *range(160 - 36, 160)]
+
+
+def test_a_cap_leaves_a_sixteenth_free_at_most() -> None:
+    assert [cap_period(n) for n in (16, 52, 104, 128, 255, 256, 4096)] == [1, 2, 4, 8, 8, 16, 16]
 
 
 def test_caps_that_are_too_small() -> None:

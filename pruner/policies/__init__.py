@@ -3,8 +3,8 @@
 A policy answers one or both of two questions. `keep`: which rows does each query still want? It is
 asked before attention, so a query that drops a token does not see it. `score`: which rows matter
 least? It is asked after attention, once a sequence holds more rows than it may: after every
-`PERIOD`-th of its tokens, where `budget` or the cap on rows says so. Everything counts in
-positions, so that one pass, single tokens and any batch give the same decisions.
+`PERIOD`-th of its tokens, where `budget` or a cap on rows says so (a small cap: more often).
+Everything counts in positions, so that one pass, single tokens and any batch decide alike.
 
 Axes: b batch, q queries of the block, r rows of the table that are read, n tokens.
 """
@@ -54,7 +54,7 @@ class Block:
         notes: what `Policy.annotate` gave for these tokens, (b, q, width) each.
         seen: at least the number of tokens that any sequence has seen by now.
         padded: some of the positions are -1.
-        border: for some sequence, its last token here is a `PERIOD`-th one.
+        border: for some sequence, its last token here is one after which rows leave by score.
     """
 
     position: Tensor
