@@ -29,7 +29,7 @@ from ctxprune.evals.provenance import provenance
 from ctxprune.evals.subject import check_positions, from_architecture, from_folder, prompts
 from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.checkpoint import DTYPES
-from ctxprune.pruner.config import FromMapping, check_at_least, check_max_rows, check_sparsity
+from ctxprune.pruner.config import FromMapping, check_at_least, check_sparsity
 from ctxprune.pruner.data import read_texts, windows
 from ctxprune.pruner.dense import DenseCache
 from ctxprune.pruner.engine import Handle, handle_of
@@ -182,7 +182,7 @@ def bench(
         "policy": config.policy,
         "evicts_every": _evicts_every(handle_of(subject.model), config),
         "forced": config.forced,
-        "max_rows": _cap(handle_of(subject.model), config) or None,
+        "max_rows": handle_of(subject.model).cap_of(config.max_rows),
         "random_weights": config.architecture is not None,
         "positions_enlarged": subject.positions_enlarged,
         "text": config.text or "embedded",
@@ -252,7 +252,7 @@ class Comparison:
         self.model = model
         self.handle = handle_of(model)
         self.config = config
-        self.max_rows = _cap(self.handle, config)
+        self.max_rows = self.handle.cap_of(config.max_rows) or 0
         self.ids = ids.to(model.device)
         self.batch, self.context = ids.shape
         self.positions = torch.arange(self.context + config.decoded, device=model.device)[None]
@@ -447,7 +447,7 @@ class Comparison:
 
 def kv_bytes(cache: Cache) -> int:
     """Bytes that a cache takes, slack and columns beside keys and values included."""
-    if isinstance(cache, PrunedCache):
+    if isinstance(cache, PrunedCache | DenseCache):
         return cache.nbytes
     layers = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
     tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
@@ -478,16 +478,11 @@ def _whole(name: str, values: Any, least: int) -> tuple[int, ...]:
     return tuple(sorted({int(value) for value in values}))
 
 
-def _cap(handle: Handle, config: BenchConfig) -> int:
-    """Rows that a sequence may hold in a layer, 0 for any number."""
-    return (handle.config.max_rows or 0) if config.max_rows is None else config.max_rows
-
-
 def _evicts_every(handle: Handle, config: BenchConfig) -> int:
     """Tokens between two evictions at the highest level, 0 without any."""
     if config.forced:
         return 1
-    handle.use(config.policy, max(config.sparsity), max_rows=_cap(handle, config))
+    handle.use(config.policy, max(config.sparsity), max_rows=config.max_rows)
     every = handle.evicts_every
     handle.use(config.policy, 0.0, max_rows=0)
     return every
@@ -495,10 +490,8 @@ def _evicts_every(handle: Handle, config: BenchConfig) -> int:
 
 def _check_policy(handle: Handle, config: BenchConfig) -> None:
     """Raise CtxpruneError if the policy could not be used later."""
-    rows = _cap(handle, config)
-    if rows:
-        check_max_rows(rows, handle.config.protect_first + handle.config.protect_recent)
-    pruned = PRUNED in config.modes and (max(config.sparsity) > 0.0 or rows > 0)
+    capped = handle.cap_of(config.max_rows) is not None
+    pruned = PRUNED in config.modes and (max(config.sparsity) > 0.0 or capped)
     if pruned and config.policy == "gate" and not config.forced and not handle.levels:
         raise CtxpruneError(
             "this model was converted but not tuned, so its gates prune nothing yet",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import torch
@@ -16,8 +15,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ctxprune.pruner.checkpoint import DTYPES, check_folder, first_line, load, load_tokenizer
+from ctxprune.pruner.checkpoint import (
+    DTYPES,
+    check_folder,
+    first_line,
+    gate_dtype,
+    load,
+    load_tokenizer,
+)
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.convert import embedded_folder
 from ctxprune.pruner.engine import DENSE, attach, new_gates
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.families import family_of
@@ -65,9 +72,9 @@ def from_architecture(name: str, positions: int, *, seed: int, dtype: str, devic
     model.to(torch.device(device)).eval()
     settings = PruneConfig()
     gates = new_gates(model, settings, seed)
-    gates.to(device=device, dtype=torch.float64 if dtype == "float64" else torch.float32)
+    gates.to(device=device, dtype=gate_dtype(DTYPES[dtype]))
     attach(model, gates, settings)
-    with as_file(files("ctxprune.recipes").joinpath("embedded", "checkpoint")) as folder:
+    with embedded_folder() as folder:
         tokenizer = load_tokenizer(folder)
     return Subject(name, model, tokenizer, enlarged)
 

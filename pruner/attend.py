@@ -48,7 +48,8 @@ class Reading:
         position: (b, n) int64 from the first real token of each sequence, -1 for padding.
         seen: at least the number of tokens that any sequence has seen after this pass.
         padded: some of them are -1.
-        blocks: (start, stop, border) of each block of queries; see `Block`.
+        blocks: (start, stop, border) of each block of queries; border: its last token is, for some
+            sequence, one after which rows leave by score.
         max_rows: cap on the rows of a sequence.
         tally: counts, if anybody wants to know.
     """
@@ -96,7 +97,6 @@ def attend(
             {name: note[:, part] for name, note in notes.items()},
             reading.seen,
             reading.padded,
-            border,
         )
         with _span("eviction"):
             columns = {name: now.notes[name].unsqueeze(1) for name in policy.columns}
@@ -174,25 +174,25 @@ def _attention(
         visible = visible | ~visible.any(dim=-1, keepdim=True)
     key, value = table.column("key"), table.column("value")
     if not policy.needs_weights:
-        return _grouped_sdpa(query, key, value, visible, scale)
+        return grouped_sdpa(query, key, value, visible, scale)
     out, weights = _weighted(query, key, value, visible, scale)
     real = (now.position >= 0)[:, :, None]
     policy.observe(layer, table, now, weights * real)
     return out
 
 
-def _grouped_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float
+def grouped_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Attention of (b, h, q, d) to (b, h_kv, r, d) under a mask (b, q, r).
+    """Attention of (b, h, q, d) to (b, h_kv, r, d) under a mask (b, q, r); None: all to all.
 
     The query heads of a group are folded into the query axis, so keys and values are not repeated.
     """
     batch, heads, queries, width = query.shape
     groups = heads // key.shape[1]
     folded = query.reshape(batch, key.shape[1], groups * queries, width)
-    mask = visible[:, None]
-    if queries > 1:
+    mask = None if visible is None else visible[:, None]
+    if mask is not None and queries > 1:
         mask = mask.expand(-1, groups, -1, -1).reshape(batch, 1, groups * queries, -1)
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, queries, value.shape[-1])

@@ -62,17 +62,6 @@ class PrunedLayer(CacheLayerMixin):
         """Rows follow their beam."""
         self.table.reorder(beam_idx)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence `repeats` times."""
-        batch = len(self.table.held)
-        self.table.reorder(
-            torch.arange(batch, device=self.table.held.device).repeat_interleave(repeats)
-        )
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """These sequences alone."""
-        self.table.reorder(indices)
-
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: an evicted row cannot come back.
 
@@ -181,6 +170,16 @@ class PrunedCache(Cache):
         super().reorder_cache(beam_idx)
         if self.tokens is not None:
             self.tokens = self.tokens.index_select(0, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These sequences alone, indices (b',) int64."""
+        self.reorder_cache(indices)  # type: ignore[arg-type]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times."""
+        if self.tokens is not None:
+            every = torch.arange(len(self.tokens), device=self.tokens.device)
+            self.batch_select_indices(every.repeat_interleave(repeats))
 
     def expiry(self, layer: int) -> Tensor | None:
         """The record of a layer, (b, n) int64, or None where none is kept."""

@@ -190,11 +190,16 @@ def load(
     model = load_dense(Path(folder), torch_dtype)
     model.to(torch.device(device))  # type: ignore[arg-type]
     gates = _load_gates(Path(folder), model, config)
-    gates.to(device=device, dtype=torch.float64 if dtype == "float64" else torch.float32)
+    gates.to(device=device, dtype=gate_dtype(torch_dtype))
     handle = attach(model, gates, config)
     handle.use(policy, config.tuned if sparsity is None else sparsity, max_rows=max_rows)
     model.eval()
     return model
+
+
+def gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the gates of a model of a dtype compute in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def load_dense(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,8 @@ def convert(
     """
     checkpoint.refuse_existing(out, force=force)
     if source is None:
-        embedded = files("ctxprune.recipes").joinpath("embedded", "checkpoint")
-        with as_file(embedded) as folder:
-            model, tokenizer = _from_folder(Path(folder))
+        with embedded_folder() as folder:
+            model, tokenizer = _from_folder(folder)
         name = "the embedded checkpoint"
     elif source.endswith(".gguf"):
         model, tokenizer = _from_gguf(Path(source))
@@ -64,6 +64,11 @@ def convert(
     with checkpoint.staged(out, force=force) as folder:
         checkpoint.write(folder, model, gates, config, tokenizer, {"base": name})
     return out
+
+
+def embedded_folder() -> AbstractContextManager[Path]:
+    """The folder of the checkpoint that is shipped, as a file system has it."""
+    return as_file(files("ctxprune.recipes").joinpath("embedded", "checkpoint"))
 
 
 def _from_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

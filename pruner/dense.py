@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from ctxprune.pruner.attend import grouped_sdpa
 
 
 def dense_attention(
@@ -24,15 +25,12 @@ def dense_attention(
     A group then reads its keys and values once and not once a head, as transformers itself has it
     where there is a mask. Shapes (b, h, n, d) and (b, h_kv, r, d); returns (b, n, h, d).
     """
-    batch, heads, queries, width = query.shape
-    if queries > 1 or attention_mask is not None or key.shape[1] == heads:
+    if query.shape[2] > 1 or attention_mask is not None or key.shape[1] == query.shape[1]:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
         return out, None
-    folded = query.reshape(batch, key.shape[1], -1, width)
-    attended = F.scaled_dot_product_attention(folded, key, value, scale=scaling)
-    return attended.reshape(batch, 1, heads, value.shape[-1]), None
+    return grouped_sdpa(query, key, value, None, scaling).transpose(1, 2), None
 
 
 class DenseLayer(DynamicLayer):

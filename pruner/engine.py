@@ -86,7 +86,7 @@ class Handle:
         self.gates = gates
         self.config = config
         self.policy: policies.Policy | None = None
-        self.policy_name, self.sparsity = "gate", 0.0
+        self.sparsity = 0.0
         self.max_rows: int | None = None
         self.soft: SoftAttention | None = None
         self.last_cache: PrunedCache | None = None
@@ -128,13 +128,11 @@ class Handle:
                 tuned.
         """
         check_sparsity(sparsity)
-        self.max_rows = (self.config.max_rows if max_rows is None else max_rows) or None
-        if self.max_rows is not None:
-            check_max_rows(self.max_rows, self.config.protect_first + self.config.protect_recent)
+        self.max_rows = self.cap_of(max_rows)
         if isinstance(policy, policies.Policy):
-            self.policy, self.policy_name = policy, type(policy).__name__
+            self.policy = policy
         else:
-            self.policy_name = choose("policy", policy, policies.names())
+            choose("policy", policy, policies.names())
             request = policies.Request(
                 sparsity, context, self.config, self.gate_list, self.max_rows
             )
@@ -142,6 +140,17 @@ class Handle:
             self.policy = None if dense else policies.make(policy, request)
         self.sparsity = sparsity
         self._switch()
+
+    def cap_of(self, max_rows: int | None) -> int | None:
+        """The cap that a `max_rows` of `use` stands for, None where there is none.
+
+        Raises:
+            CtxpruneError: it is too small.
+        """
+        rows = (self.config.max_rows if max_rows is None else max_rows) or None
+        if rows is not None:
+            check_max_rows(rows, self.config.protect_first + self.config.protect_recent)
+        return rows
 
     @property
     def evicts_every(self) -> int:
@@ -154,8 +163,11 @@ class Handle:
         """A fresh cache for what was chosen; `record` as in `PrunedCache`."""
         if self.policy is None:
             return DenseCache()
+        return self._pruned_cache(self.policy, record=record)
+
+    def _pruned_cache(self, policy: policies.Policy, *, record: bool = False) -> PrunedCache:
         self.last_cache = PrunedCache(
-            self.policy,
+            policy,
             len(self.gates),
             block=self.block,
             max_rows=self.max_rows,
@@ -206,17 +218,17 @@ class Handle:
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise CtxpruneError("a pruned model takes attention masks of shape (batch, tokens)")
-        if not isinstance(past, PrunedCache):
+        if isinstance(past, PrunedCache):
+            cache = past
+        else:
             if past is not None and past.get_seq_length() > 0:
                 raise CtxpruneError(
                     "a dense cache cannot be pruned after the fact",
                     "start from an empty cache, or pass `model.ctxprune.cache()`",
                 )
-            cache = self.cache()
-            assert isinstance(cache, PrunedCache)
-            kwargs["past_key_values"] = self._scored = past = cache
+            cache = self._pruned_cache(self.policy)
+            kwargs["past_key_values"] = self._scored = cache
             kwargs["use_cache"] = True
-        cache = past
         if self.family.bounded:
             limit = self._model.config.max_position_embeddings
             if cache.get_seq_length() + length > limit:

@@ -13,6 +13,7 @@ from test_laws import POLICIES, logits_of, pruning_model, random_ids
 from transformers import PreTrainedTokenizerFast
 
 from ctxprune.pruner.budget import cap_period
+from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.checkpoint import load, load_tokenizer
 from ctxprune.pruner.config import GenerateConfig, PruneConfig
 from ctxprune.pruner.convert import convert
@@ -144,6 +145,33 @@ def test_beams_keep_their_rows(family: str, policy: str) -> None:
     chosen = logits_of(model, ids, attention_mask=full)[:, 29:-1].log_softmax(dim=-1)
     total = chosen.gather(2, ids[:, 30:, None]).sum(dim=(1, 2))
     torch.testing.assert_close(out.sequences_scores.double() * 40, total, atol=1e-3, rtol=0)
+
+
+@matrix
+def test_sequences_can_be_repeated_and_selected(family: str) -> None:
+    """Their counts of tokens follow them, so their next token has its right position."""
+    model, handle = pruning_model(family)
+    handle.use("gate", 0.7)
+    ids, more = random_ids(2, 60), random_ids(3, 1, seed=4)
+    mask = torch.ones_like(ids)
+    mask[1, :21] = 0
+    cache = handle.cache()
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(2)
+        chosen = torch.tensor([0, 2, 3])
+        cache.batch_select_indices(chosen)
+        picked = mask.repeat_interleave(2, 0)[chosen]
+        full = torch.cat([picked, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
+        position = full.sum(dim=1, keepdim=True) - 1
+        after = model(
+            more, attention_mask=full, position_ids=position, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+    assert isinstance(cache, PrunedCache) and cache.tokens is not None
+    assert cache.tokens.tolist() == [61, 40, 40]
+    whole = torch.cat([ids.repeat_interleave(2, 0)[chosen], more], dim=1)
+    expected = logits_of(model, whole, attention_mask=full)[:, -1]
+    torch.testing.assert_close(after, expected, atol=1e-10, rtol=0)
 
 
 @matrix

@@ -54,14 +54,12 @@ class Block:
         notes: what `Policy.annotate` gave for these tokens, (b, q, width) each.
         seen: at least the number of tokens that any sequence has seen by now.
         padded: some of the positions are -1.
-        border: for some sequence, its last token here is one after which rows leave by score.
     """
 
     position: Tensor
     notes: dict[str, Tensor]
     seen: int
-    padded: bool = False
-    border: bool = False
+    padded: bool
 
 
 class Policy:

@@ -58,15 +58,17 @@ class GatePolicy(Policy):
         content = self.gates[layer].content(
             block.notes["interaction_query"], table.column("interaction_key")[:, 0]
         )
-        needed = self._needed(layer, block.seen)
-        sink = row < self.config.protect_first
-        if "margin" in self.columns:
+        capped = "margin" in self.columns
+        if capped:
             # A later row has a negative age; the newest tokens are as little in question.
-            scores = content - needed[age.clamp_min_(0)]
+            age.clamp_min_(0)
+        needed = self._needed(layer, block.seen)[age]
+        sink = row < self.config.protect_first
+        if capped:
             margin = table.column("margin")[:, 0, :, 0]
-            least = scores.masked_fill(sink, torch.inf).amin(dim=1)
+            least = (content - needed).masked_fill(sink, torch.inf).amin(dim=1)
             margin.copy_(torch.minimum(margin, least))
-        return (content > needed[age]) | sink if self.drops else None
+        return (content > needed) | sink if self.drops else None
 
     def _needed(self, layer: int, longest: int) -> Tensor:
         """What the content has to exceed at all ages up to `longest`: minus `Gate.forgetting`.
