@@ -1,4 +1,4 @@
-"""`ctxprune eval`: perplexity and lm-eval tasks at several levels of sparsity."""
+"""`ctxprune eval`: perplexity and tasks at several levels of sparsity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from ctxprune.cli.console import check_writable, say, write_text
 from ctxprune.cli.console import out as stdout
-from ctxprune.cli.options import Dtype, MaxRows, Model, Policy, Seed, given, numbers, words
+from ctxprune.cli.options import Dtype, MaxRows, Model, Policy, Seed, given, numbers, whole, words
 from ctxprune.cli.workspace import current
 
 EXAMPLES = """
@@ -20,28 +20,44 @@ Examples:
 
   ctxprune eval --sparsity 0,0.5,0.8 --json results.json
 
+  ctxprune eval --tasks retrieval,last_word --lengths 1024,2048 --text book.txt
+
   ctxprune eval --policy sink --sparsity 0.8 --tasks piqa --data-dir ./tasks --limit 100
 """
 
 
 def evaluate(
     model: Model = None,
-    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="retrieval, last_word and lm-eval's tasks, comma-separated."),
+    ] = None,
     sparsity: Annotated[
         str | None, typer.Option(help="Levels, comma-separated; default: 0 and the calibrated.")
     ] = None,
     policy: Policy = None,
     max_rows: MaxRows = None,
     text: Annotated[
-        str | None, typer.Option(help="Text for perplexity, a file or datasets name.")
+        str | None,
+        typer.Option(help="Text for perplexity, retrieval, last_word: file or datasets name."),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens a window of that text; default: 512.")
+        int | None, typer.Option(help="Tokens a window of that text, for perplexity; default: 512.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="At most so many tokens of it; default: all.")
+        int | None, typer.Option(help="At most so many tokens of it, for perplexity; default: all.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents a task; default: all.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Prompt lengths of the retrieval task, comma-separated."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Documents a task; default: all. Of retrieval, prompts a length and depth: 10; "
+            "of last_word: 500."
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Texts a forward pass; default: 1.")
     ] = None,
@@ -64,6 +80,7 @@ def evaluate(
         text=text,
         context=context,
         tokens=tokens,
+        lengths=whole(lengths),
         limit=limit,
         batch_size=batch_size,
         data_dir=data_dir,
@@ -72,7 +89,7 @@ def evaluate(
     )
     from ctxprune.evals.evaluate import EvalConfig
     from ctxprune.evals.evaluate import evaluate as run
-    from ctxprune.evals.report import rich_table
+    from ctxprune.evals.report import rich_retrieval, rich_table
 
     config = EvalConfig.from_mapping(options, "the options")
     state = Path(".ctxprune") / "eval-state.json"
@@ -81,3 +98,6 @@ def evaluate(
         write_text(json_file, json.dumps(results, indent=2) + "\n")
         say(f"wrote {json_file}")
     stdout.print(rich_table([results]))
+    cells = rich_retrieval([results])
+    if cells is not None:
+        stdout.print(cells)

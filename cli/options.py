@@ -54,6 +54,22 @@ def numbers(text: str | None) -> list[float] | None:
         ) from error
 
 
+def whole(text: str | None) -> list[int] | None:
+    """`1024,2048` as whole numbers.
+
+    Raises:
+        CtxpruneError: something else.
+    """
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise CtxpruneError(
+            f"`{text}` is not a list of whole numbers", "write it like `1024,2048`"
+        ) from error
+
+
 def words(text: str | None) -> list[str] | None:
     """`a,b` as words."""
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]

@@ -214,11 +214,14 @@ class Work:
         write_text(self.out / f"{step.name}.json", json.dumps(results, indent=2) + "\n")
 
     def _report(self, step: Step) -> None:
-        from ctxprune.evals.report import markdown, plot, rich_table
+        from ctxprune.evals.report import markdown, plot, rich_retrieval, rich_table
 
         chosen = [self.results[name] for name in _results_used(step)]
         write_text(self.out / f"{step.name}.json", json.dumps(chosen, indent=2) + "\n")
         write_text(self.out / f"{step.name}.md", markdown(chosen))
         plot(chosen, self.out / f"{step.name}.png")
         stdout.print(rich_table(chosen))
+        cells = rich_retrieval(chosen)
+        if cells is not None:
+            stdout.print(cells)
         say(f"wrote {self.out / step.name}.json, .md and .png")

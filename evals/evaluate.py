@@ -1,4 +1,4 @@
-"""The levels loop: one loaded model, perplexity and lm-eval tasks at each level of sparsity.
+"""The levels loop: one loaded model, perplexity and tasks at each level of sparsity.
 
 Every finished (level, measurement) pair is written to a state file at once, so that a killed
 evaluation goes on where it was.
@@ -6,7 +6,8 @@ evaluation goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ctxprune.evals import last_word, retrieval
 from ctxprune.evals.finished import Finished, digest, stats, text_stats
-from ctxprune.evals.harness import load_tasks, score
+from ctxprune.evals.harness import load_tasks, score, task_manager
 from ctxprune.evals.perplexity import perplexity
 from ctxprune.evals.provenance import provenance
 from ctxprune.pruner.checkpoint import DTYPES, check_folder, load, load_tokenizer
@@ -28,6 +30,7 @@ from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.policies import names as policy_names
 
 PERPLEXITY = "perplexity"
+OWN_TASKS = (retrieval.NAME, last_word.NAME)
 PACKAGES = ("ctxprune", "torch", "transformers", "lm_eval")
 
 
@@ -36,17 +39,20 @@ class EvalConfig(FromMapping):
     """One evaluation.
 
     Attributes:
-        tasks: names of lm-eval tasks, run beside perplexity.
+        tasks: run beside perplexity: `OWN_TASKS` and names of lm-eval tasks.
         sparsity: the levels asked for; None: 0 and every level the model was calibrated at.
         policy: which eviction policy decides.
         max_rows: cap on the rows of a sequence in a layer; None: the one of the model; 0: none.
-        text: for perplexity: .txt/.jsonl(.gz) file, folder, `datasets` name; None: the embedded
-            evaluation sample.
-        context: tokens a window of that text.
+        text: for perplexity and our own tasks: .txt/.jsonl(.gz) file, folder, `datasets` name;
+            None: the embedded evaluation sample.
+        context: tokens a window of that text, for perplexity.
         tokens: at most this many tokens of it; None: all.
-        limit: documents a task; None: all.
-        batch_size: windows or requests a forward pass.
-        seed: of lm-eval's generators.
+        lengths: tokens a prompt of `retrieval`; those that the text or the model's positions
+            cannot serve are left out.
+        limit: documents a task, prompts a length and depth of `retrieval`; None: all of lm-eval's,
+            and `retrieval.PER_CELL`, `last_word.LIMIT`.
+        batch_size: windows or requests a forward pass; our own tasks take one text a pass.
+        seed: of lm-eval's generators, and of the choice of texts of our own tasks.
         data_dir: folder of `<task>.jsonl`, the tasks' documents; None: from the hub.
         dtype, device: of the model.
     """
@@ -58,6 +64,7 @@ class EvalConfig(FromMapping):
     text: str | None = None
     context: int = 512
     tokens: int | None = None
+    lengths: tuple[int, ...] = retrieval.LENGTHS
     limit: int | None = None
     batch_size: int = 1
     seed: int = 0
@@ -77,6 +84,11 @@ class EvalConfig(FromMapping):
         choose("dtype", self.dtype, DTYPES)
         check_at_least("context", self.context, 2)
         check_at_least("batch_size", self.batch_size, 1)
+        if not self.lengths or {type(length) for length in self.lengths} != {int}:
+            raise CtxpruneError("lengths must be whole numbers, at least one of them")
+        object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
+        # room for a fact, its question and a passage, even if letters are tokens
+        check_at_least("lengths", self.lengths[0], 128)
         for name in ("tokens", "limit"):
             value = getattr(self, name)
             if value is not None:
@@ -101,23 +113,37 @@ def evaluate(
     Returns:
         `model`, `policy`, `context`, `levels` and provenance, ready for JSON. Each level has
         `sparsity_requested`, `sparsity` (realised), `cache_sparsity`, `perplexity`, `tokens` and
-        `tasks`: name -> metrics, `stderr`, `sparsity` (on its own requests), `n`.
+        `tasks`: name -> metrics, `stderr`, `sparsity` (on its own requests), `n`, and what else
+        the task gives.
 
     Raises:
         CtxpruneError: for bad input, or a pruned level at which nothing was evicted.
     """
     say = on_event or (lambda line: None)
     check_folder(folder)
-    if config.tasks:
+    official = _official(config.tasks)
+    if official:
         say("loading lm-eval's tasks")
-    tasks = load_tasks(config.tasks, config.data_dir)
+    tasks = load_tasks(official, config.data_dir)
     tokenizer = load_tokenizer(folder)
-    text = windows(tokenizer, read_texts(config.text, "eval"), config.context)
+    texts = read_texts(config.text, "eval")
+    text = windows(tokenizer, texts, config.context)
     if config.tokens is not None:
         text = text[: max(1, config.tokens // config.context)]
     model = load(folder, sparsity=0.0, max_rows=0, dtype=config.dtype, device=config.device)
     handle = handle_of(model)
     levels = config.sparsity or tuple(sorted({0.0, *handle.levels}))
+    runs = _own_tasks(config, model, tokenizer, texts, say)
+    for name, task in tasks.items():
+        runs[name] = partial(
+            score,
+            model,
+            tokenizer,
+            task,
+            batch_size=config.batch_size,
+            limit=config.limit,
+            seed=config.seed,
+        )
     finished = Finished(state)
     weights = stats(folder.iterdir())
 
@@ -140,18 +166,8 @@ def evaluate(
         handle.use(config.policy, level, max_rows=config.max_rows)
         evicts_every = max(evicts_every, handle.evicts_every)
         row = measure(level, PERPLEXITY, partial(_perplexity, model, text, config, level))
-        run = partial(
-            score,
-            model,
-            tokenizer,
-            policy=config.policy,
-            sparsity=level,
-            max_rows=config.max_rows,
-            batch_size=config.batch_size,
-            limit=config.limit,
-            seed=config.seed,
-        )
-        scores = {name: measure(level, name, partial(run, task)) for name, task in tasks.items()}
+        chosen = {"policy": config.policy, "sparsity": level, "max_rows": config.max_rows}
+        scores = {name: measure(level, name, partial(run, **chosen)) for name, run in runs.items()}
         rows.append({"sparsity_requested": level, **row, "tasks": scores})
     return {
         "model": str(folder),
@@ -168,6 +184,51 @@ def evaluate(
         "device": str(model.device),
         **provenance(*PACKAGES),
     }
+
+
+def _official(names: Sequence[str]) -> list[str]:
+    """The tasks that are lm-eval's.
+
+    Raises:
+        CtxpruneError: for one that is not, and nearly is called like one of ours.
+    """
+    official = [name for name in names if name not in OWN_TASKS]
+    for name in official:
+        near = difflib.get_close_matches(name, OWN_TASKS, cutoff=0.8)
+        if near and name not in task_manager().all_tasks:
+            choose("task", name, near)
+    return official
+
+
+def _own_tasks(
+    config: EvalConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    say: Callable[[str], None],
+) -> dict[str, Callable[..., dict[str, Any]]]:
+    """Those of our own that are asked for: name -> `score`, but for the level and the policy."""
+    longest = model.config.max_position_embeddings if handle_of(model).family.bounded else None
+    runs: dict[str, Callable[..., dict[str, Any]]] = {}
+    if retrieval.NAME in config.tasks:
+        prompts = retrieval.prompts(
+            tokenizer,
+            texts,
+            lengths=config.lengths,
+            per_cell=config.limit,
+            longest=longest,
+            seed=config.seed,
+        )
+        unserved = sorted(set(config.lengths) - {len(prompt.ids) for prompt in prompts})
+        if unserved:
+            say(f"{retrieval.NAME}: length {', '.join(map(str, unserved))} cannot be served")
+        runs[retrieval.NAME] = partial(retrieval.score, model, prompts)
+    if last_word.NAME in config.tasks:
+        passages = last_word.passages(
+            tokenizer, texts, limit=config.limit, longest=longest, seed=config.seed
+        )
+        runs[last_word.NAME] = partial(last_word.score, model, passages)
+    return runs
 
 
 def _perplexity(
@@ -199,5 +260,8 @@ def _dependencies(config: EvalConfig, name: str) -> list[Any]:
     ]
     if name == PERPLEXITY:
         return [*common, config.text, config.context, config.tokens, text_stats(config.text)]
+    if name in OWN_TASKS:
+        lengths = config.lengths if name == retrieval.NAME else ()
+        return [*common, config.text, lengths, config.limit, text_stats(config.text)]
     documents = [] if config.data_dir is None else [config.data_dir / f"{name}.jsonl"]
     return [*common, config.limit, stats(documents)]

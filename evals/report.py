@@ -14,20 +14,40 @@ Results = Sequence[dict[str, Any]]
 # Beyond this ratio of the worst to the best perplexity, a linear axis hides all but the worst.
 LOG_AXIS_RATIO = 4.0
 METRICS = ("acc", "acc_norm", "perplexity")
+RETRIEVED = "Accuracy of retrieval by length of the prompt and depth of the fact"
 
 
 def markdown(results: Results) -> str:
-    """One table with a row per model, policy and level, and a note on what was measured."""
-    header, rows = _cells(results)
+    """One table with a row per model, policy and level, and a note on what was measured.
+
+    Where retrieval was measured, a table of its cells follows.
+    """
+    header, rows = _scores(results)
+    parts = [_markdown_table(header, rows), _note(results)]
+    header, rows = _retrieved(results)
+    if rows:
+        parts += [f"{RETRIEVED}:", _markdown_table(header, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\n{_note(results)}\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rich_table(results: Results) -> Table:
     """The same table for a terminal."""
-    header, rows = _cells(results)
-    table = Table(caption=_note(results))
+    return _rich_table(*_scores(results), _note(results))
+
+
+def rich_retrieval(results: Results) -> Table | None:
+    """The table of retrieval's cells for a terminal, None where it was not measured."""
+    header, rows = _retrieved(results)
+    return _rich_table(header, rows, RETRIEVED) if rows else None
+
+
+def _rich_table(header: list[str], rows: list[list[str]], caption: str) -> Table:
+    table = Table(caption=caption)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index < 2 else "right")
     for row in rows:
@@ -101,7 +121,7 @@ def _note(results: Results) -> str:
     )
 
 
-def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
+def _scores(results: Results) -> tuple[list[str], list[list[str]]]:
     """Header and rows; a task has a column per metric, and its own realised sparsity."""
     levels = [level for result in results for level in result["levels"]]
     columns = list(
@@ -119,9 +139,7 @@ def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
     for result in results:
         for level in result["levels"]:
             row = [
-                _model(result),
-                result["policy"] if level["sparsity_requested"] > 0 else "dense",
-                f"{level['sparsity_requested']:g}",
+                *_subject(result, level),
                 f"{level['sparsity']:.3f}",
                 f"{level['cache_sparsity']:.3f}",
                 f"{level['perplexity']:.2f}",
@@ -131,7 +149,33 @@ def _cells(results: Results) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _score(scores: dict[str, float], metric: str) -> str:
+def _retrieved(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of retrieval: a row per model, policy, level and length."""
+    found = [
+        (result, level, level["tasks"]["retrieval"]["cells"])
+        for result in results
+        for level in result["levels"]
+        if "retrieval" in level["tasks"]
+    ]
+    depths = sorted({cell["depth"] for _, _, cells in found for cell in cells})
+    header = ["model", "policy", "requested", "length", *(f"{depth:g}" for depth in depths)]
+    rows = []
+    for result, level, cells in found:
+        for length in dict.fromkeys(cell["length"] for cell in cells):
+            acc = {cell["depth"]: cell["acc"] for cell in cells if cell["length"] == length}
+            rows.append(
+                [*_subject(result, level), f"{length}", *(f"{acc[depth]:.2f}" for depth in depths)]
+            )
+    return header, rows
+
+
+def _subject(result: dict[str, Any], level: dict[str, Any]) -> list[str]:
+    """What a row is about: model, policy, and the level asked for."""
+    requested = level["sparsity_requested"]
+    return [_model(result), result["policy"] if requested > 0 else "dense", f"{requested:g}"]
+
+
+def _score(scores: dict[str, Any], metric: str) -> str:
     if metric not in scores:
         return ""
     if metric == "acc" and "stderr" in scores:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from transformers import (
 
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.convert import convert
+from ctxprune.pruner.engine import attach, new_gates
 
 FAMILIES = ("gpt2", "llama")
 VOCABULARY = 300
@@ -67,6 +68,45 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
             eos_token_id=0,
         )
     ).eval()
+
+
+def remembering_model(known: Sequence[int], vocabulary: int) -> PreTrainedModel:
+    """A model made by hand: its logits rise with each of the known tokens that it can still see.
+
+    One layer attends to all rows alike. Known tokens are axes of the embedding, others are zero,
+    so nothing but rows of the cache tells the last position of a known token before it.
+    """
+    width = 64
+    assert len(known) < width
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=1024,
+            n_embd=width,
+            n_layer=1,
+            n_head=1,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ).eval()
+    block = model.transformer.h[0]
+    with torch.no_grad():
+        for parameter in (model.transformer.wte.weight, model.transformer.wpe.weight):
+            parameter.zero_()
+        for linear in (block.attn.c_attn, block.mlp.c_fc, block.mlp.c_proj):
+            linear.weight.zero_()
+        model.transformer.wte.weight[list(known)] = torch.eye(width)[: len(known)]
+        block.attn.c_attn.weight[:, 2 * width :] = torch.eye(width)
+        block.attn.c_proj.weight.copy_(torch.eye(width))
+    config = PruneConfig(rank=8)
+    attach(model, new_gates(model, config), config)
+    return model
+
+
+@pytest.fixture(scope="session")
+def embedded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded checkpoint, converted: its tokenizer knows words."""
+    return convert(None, tmp_path_factory.mktemp("embedded") / "converted", PruneConfig())
 
 
 @pytest.fixture(scope="session")

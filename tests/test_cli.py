@@ -97,6 +97,7 @@ def test_the_three_lines(
         (["tune", "--sparsity", "1.5"], "outside [0, 1)"),
         (["eval", "--model", "none", "--sparsity", "a"], "not a list of numbers"),
         (["eval", "--model", ".", "--policy", "gat"], "did you mean `gate`"),
+        (["eval", "--model", "none", "--lengths", "1024.5"], "not a list of whole numbers"),
         (["convert", "./none", "--out", "o"], "does not exist"),
         (["run", "dmo"], "did you mean `demo`"),
         (["info", "."], "was not converted"),
@@ -120,6 +121,18 @@ def test_unknown_tasks_are_named(tiny_folder: Make, text_file: Path, tmp_path: P
         cwd=tmp_path, code=2,
     )  # fmt: skip
     assert "hellaswag" in done.stderr
+
+
+def test_our_own_tasks_from_the_command_line(embedded_folder: Path, tmp_path: Path) -> None:
+    done = ctxprune(
+        "eval", "--model", str(embedded_folder), "--tasks", "retrieval,last_word", "--lengths",
+        "128,192", "--limit", "1", "--tokens", "512", "--sparsity", "0", "--json", "r.json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "Accuracy of retrieval" in done.stdout and "lm-eval" not in done.stderr
+    (level,) = json.loads((tmp_path / "r.json").read_text())["levels"]
+    assert {cell["length"] for cell in level["tasks"]["retrieval"]["cells"]} == {128, 192}
+    assert level["tasks"]["last_word"]["n"] == 1
 
 
 def test_the_hub_offline_is_one_sentence(tmp_path: Path) -> None:

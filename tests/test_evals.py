@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from ctxprune.evals import evaluate as evaluate_module
+from ctxprune.evals import last_word, retrieval
 from ctxprune.evals.evaluate import EvalConfig, evaluate
 from ctxprune.evals.perplexity import perplexity
-from ctxprune.pruner.checkpoint import load
+from ctxprune.pruner.checkpoint import load, load_tokenizer
+from ctxprune.pruner.data import read_texts
 from ctxprune.pruner.errors import CtxpruneError
 
 CONTEXT = 48
@@ -149,6 +151,109 @@ def test_a_broken_state_file_is_named(
         evaluate(tiny_folder("gpt2"), config, state=state)
 
 
+@pytest.fixture
+def own(tmp_path: Path) -> EvalConfig:
+    """Our own tasks, on a document of a few thousand tokens."""
+    path = tmp_path / "book.txt"
+    path.write_text(read_texts(None, "eval")[3])
+    return EvalConfig(
+        tasks=("last_word", "retrieval"),
+        sparsity=(0.0, 0.5),
+        policy="sink",
+        text=str(path),
+        context=CONTEXT,
+        tokens=CONTEXT,
+        lengths=(256, 128),
+        limit=2,
+        seed=3,
+    )
+
+
+def running(folder: Path, config: EvalConfig, state: Path) -> list[str]:
+    """What an evaluation says that it measures anew."""
+    lines: list[str] = []
+    evaluate(folder, config, state=state, on_event=lines.append)
+    return [line.removesuffix(": running") for line in lines if line.endswith(": running")]
+
+
+def test_our_own_tasks_are_measured_at_every_level(
+    embedded_folder: Path, own: EvalConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module, "load_tasks", lambda names, data_dir: dict.fromkeys(names))
+    result = evaluate(embedded_folder, own)  # without one look at lm-eval's tasks
+    model, tokenizer = load(embedded_folder), load_tokenizer(embedded_folder)
+    texts = read_texts(own.text)
+    prompts = retrieval.prompts(tokenizer, texts, lengths=(128, 256), per_cell=2, seed=3)
+    passages = last_word.passages(tokenizer, texts, limit=2, seed=3)
+    for level in result["levels"]:
+        at = {"policy": "sink", "sparsity": level["sparsity_requested"]}
+        assert level["tasks"] == {
+            "retrieval": retrieval.score(model, prompts, **at),
+            "last_word": last_word.score(model, passages, **at),
+        }
+    dense, pruned = (level["tasks"] for level in result["levels"])
+    assert dense["retrieval"]["sparsity"] == dense["last_word"]["sparsity"] == 0.0
+    assert dense["retrieval"]["cells"][-1]["length"] == 256
+    assert pruned["retrieval"]["sparsity"] > 0.3 < pruned["last_word"]["sparsity"]
+    json.dumps(result)
+
+
+def test_our_own_tasks_are_measured_anew_if_their_question_changed(
+    embedded_folder: Path, own: EvalConfig, tmp_path: Path, text: Path
+) -> None:
+    state = tmp_path / "eval.json"
+    config = dataclasses.replace(own, sparsity=(0.5,), limit=1, lengths=(128,))
+    perplexity, ours = ["perplexity at sparsity 0.5"], ["retrieval at sparsity 0.5"]
+    both = [*ours, "last_word at sparsity 0.5"]
+    assert running(embedded_folder, config, state) == [*perplexity, *both]
+    assert running(embedded_folder, config, state) == []
+    config = dataclasses.replace(config, lengths=(128, 192))
+    assert running(embedded_folder, config, state) == ours
+    config = dataclasses.replace(config, limit=2)
+    assert running(embedded_folder, config, state) == both
+    config = dataclasses.replace(config, seed=4)
+    assert running(embedded_folder, config, state) == [*perplexity, *both]
+    text.write_text("The captain saw the other captain. " * 200)
+    config = dataclasses.replace(config, text=str(text))
+    assert running(embedded_folder, config, state) == [*perplexity, *both]
+    text.write_text("The captain saw the other captain. " * 201)
+    assert running(embedded_folder, config, state) == [*perplexity, *both]
+
+
+def test_our_own_tasks_run_beside_those_of_lm_eval(
+    embedded_folder: Path, own: EvalConfig, task_folder: Path
+) -> None:
+    config = dataclasses.replace(
+        own, tasks=("piqa", "last_word"), data_dir=task_folder, sparsity=(0.5,)
+    )
+    (level,) = evaluate(embedded_folder, config)["levels"]
+    assert set(level["tasks"]) == {"piqa", "last_word"}
+    assert level["tasks"]["piqa"]["n"] == level["tasks"]["last_word"]["n"] == 2
+
+
+def test_lengths_beyond_the_positions_of_the_model_are_said_to_be_left_out(
+    embedded_folder: Path, own: EvalConfig
+) -> None:
+    lines: list[str] = []
+    config = dataclasses.replace(
+        own, tasks=("retrieval",), lengths=(128, 1024, 2048), limit=1, sparsity=(0.0,)
+    )
+    result = evaluate(embedded_folder, config, on_event=lines.append)
+    cells = result["levels"][0]["tasks"]["retrieval"]["cells"]
+    assert {cell["length"] for cell in cells} == {128, 1024}
+    assert "retrieval: length 2048 cannot be served" in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("retreival", "retrieval"), ("lastword", "last_word"), ("piqaa", "piqa")]
+)
+def test_unknown_tasks_name_the_nearest_of_ours_too(
+    embedded_folder: Path, own: EvalConfig, name: str, meant: str
+) -> None:
+    with pytest.raises(CtxpruneError, match=f"unknown task `{name}`, did you mean `{meant}`"):
+        evaluate(embedded_folder, dataclasses.replace(own, tasks=(name,)))
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -157,6 +262,10 @@ def test_a_broken_state_file_is_named(
         ({"sparsity": [1.0]}, r"outside \[0, 1\)"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"dtype": "int8"}, "unknown dtype"),
+        ({"lengths": [64]}, "lengths must be at least 128"),
+        ({"lengths": [1024.5]}, "lengths must be whole numbers"),
+        ({"lengths": []}, "lengths must be whole numbers"),
+        ({"lengths": 1024}, "not iterable"),
     ],
 )
 def test_bad_settings_are_refused(raw: dict[str, object], message: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ctxprune.evals.report import markdown, plot, rich_table
+from ctxprune.evals.report import markdown, plot, rich_retrieval, rich_table
 
 
 def result(model: str, policy: str, points: list[tuple[float, float, float]]) -> dict[str, Any]:
@@ -61,6 +61,36 @@ def test_rich_table_has_the_same_rows() -> None:
     with console.capture() as capture:
         console.print(table)
     assert capture.get().count("0.420 ± 0.049") == 2
+
+
+def with_retrieval() -> dict[str, Any]:
+    evaluation = result("runs/tuned", "gate", [(0.0, 0.0, 30.1), (0.8, 0.79, 32.3)])
+    for level, acc in zip(evaluation["levels"], (0.9, 0.4), strict=True):
+        cells = [
+            {"length": length, "depth": depth, "acc": acc + depth / 10, "n": 10}
+            for length in (1024, 2048)
+            for depth in (0.1, 0.9)
+        ]
+        scores = {"acc": acc, "stderr": 0.05, "sparsity": 0.0, "chance": 0.1, "cells": cells}
+        level["tasks"] = {"retrieval": scores}
+    return evaluation
+
+
+def test_the_cells_of_retrieval_have_a_table_of_their_own() -> None:
+    lines = markdown([with_retrieval()]).splitlines()
+    assert lines[0].endswith("| perplexity | retrieval acc | retrieval sparsity |")
+    assert lines[2].endswith("| 30.10 | 0.900 ± 0.050 | 0.000 |")
+    start = lines.index("| model | policy | requested | length | 0.1 | 0.9 |")
+    assert lines[start - 2].startswith("Accuracy of retrieval")
+    assert lines[start + 2 :] == [
+        "| tuned | dense | 0 | 1024 | 0.91 | 0.99 |",
+        "| tuned | dense | 0 | 2048 | 0.91 | 0.99 |",
+        "| tuned | gate | 0.8 | 1024 | 0.41 | 0.49 |",
+        "| tuned | gate | 0.8 | 2048 | 0.41 | 0.49 |",
+    ]
+    assert rich_retrieval(RESULTS) is None
+    table = rich_retrieval([*RESULTS, with_retrieval()])
+    assert table is not None and table.row_count == 4
 
 
 def test_plot_is_a_png(tmp_path: Path) -> None:

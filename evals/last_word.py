@@ -1,0 +1,149 @@
+"""Prediction of a passage's last word, as LAMBADA asks for it, on any text.
+
+The word stands earlier in the passage too, so what was said before helps to find it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctxprune.evals.accuracy import accuracy
+from ctxprune.pruner.engine import handle_of
+from ctxprune.pruner.errors import CtxpruneError
+
+NAME = "last_word"
+LIMIT = 500
+LEAST_WORDS, MOST_WORDS = 50, 250
+
+# The end of a sentence: two small letters before the stop, so not `Mr.`, an initial or a number.
+# `word` is there where the last word will do as an answer.
+_END = re.compile(
+    r"(?:(?<=\s)(?P<word>[a-z]{4,})|[a-z]{2}(?<!\bMrs))[.!?][\"'”’)]*"
+    r"(?=\s+[\"'“‘(]*[A-Z]|\s*\Z)"
+)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage that ends in the word to be predicted.
+
+    Attributes:
+        ids: its tokens, the word's included.
+        answer: how many of them, at the end, are the word's.
+    """
+
+    ids: tuple[int, ...]
+    answer: int
+
+
+def passages(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    limit: int | None = None,
+    longest: int | None = None,
+    seed: int = 0,
+) -> list[Passage]:
+    """Choose passages all over the texts, `LEAST_WORDS` to `MOST_WORDS` words each.
+
+    Args:
+        tokenizer: of the model.
+        texts: documents; a passage comes from a single one.
+        limit: at most so many, and as many as there are if fewer; None: `LIMIT`. More of them
+            begin with the same.
+        longest: tokens that the model has positions for; None: any number.
+        seed: of the choice.
+
+    Raises:
+        CtxpruneError: there is none.
+    """
+    found = []
+    for before, word in _cut(texts, random.Random(seed)):
+        context = _encode(tokenizer, before)
+        ids = _encode(tokenizer, f"{before} {word}")
+        if longest is None or len(ids) <= longest:
+            found.append(Passage(tuple(ids), len(ids) - len(context)))
+        if len(found) == (limit or LIMIT):
+            break
+    if not found:
+        raise CtxpruneError(
+            f"the text has no passage for `{NAME}`: whole sentences, {LEAST_WORDS} to "
+            f"{MOST_WORDS} words, that end in a word said before",
+            "give a book or the like by `--text`",
+        )
+    return found
+
+
+def _cut(texts: Sequence[str], draw: random.Random) -> Iterator[tuple[str, str]]:
+    """All passages in a drawn order: the text before the last word, and that word.
+
+    Each has a drawn number of words, or what whole sentences leave of it. The first sentence of a
+    document serves none: a sample may begin in the middle of it.
+    """
+    ends = [list(_END.finditer(text)) for text in texts]
+    lasts = [
+        (t, e) for t, found in enumerate(ends) for e in range(1, len(found)) if found[e]["word"]
+    ]
+    draw.shuffle(lasts)
+    for t, last in lasts:
+        room = draw.randint(LEAST_WORDS, MOST_WORDS)
+        word, stop = ends[t][last]["word"], ends[t][last].start()
+        before = ""
+        for first in reversed(range(last)):
+            longer = texts[t][ends[t][first].end() : stop].strip()
+            if len(longer.split()) >= room:
+                break
+            before = longer
+        if len(before.split()) >= LEAST_WORDS - 1 and re.search(rf"\b{word}\b", before):
+            yield before, word
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def score(
+    model: PreTrainedModel,
+    questions: Sequence[Passage],
+    *,
+    policy: str = "gate",
+    sparsity: float = 0.0,
+    max_rows: int | None = None,
+) -> dict[str, float]:
+    """Have the words predicted at one level, with tokens really evicted.
+
+    Args:
+        model: a loaded checkpoint, with its handle at `model.ctxprune`.
+        questions: from `passages`.
+        policy: name of the eviction policy.
+        sparsity: the level asked for.
+        max_rows: cap on the rows of a sequence in a layer, as for `Handle.use`.
+
+    Returns:
+        What `accuracy` gives, right being that the likeliest tokens are the word's, and
+        `perplexity`: exp of the mean negative log-likelihood (in nats) of a whole word.
+
+    Raises:
+        CtxpruneError: if the level asks for pruning and not one token was evicted.
+    """
+    handle = handle_of(model)
+    hits, loss = [], 0.0
+    with torch.inference_mode(), handle.measure() as usage:
+        for passage in questions:
+            ids = torch.tensor(passage.ids, device=model.device)
+            read, word = ids[None, :-1], ids[-passage.answer :]
+            handle.use(policy, sparsity, context=read.shape[1], max_rows=max_rows)
+            logits = model(read, use_cache=False, logits_to_keep=passage.answer).logits[0].float()
+            hits.append(torch.equal(logits.argmax(dim=-1), word))
+            loss += cross_entropy(logits, word, reduction="sum").item()
+    perplexity = math.exp(loss / len(hits))
+    return {**accuracy(NAME, hits, usage, sparsity), "perplexity": perplexity}
