@@ -38,12 +38,18 @@ def convert(
     max_rows: Annotated[
         int | None, typer.Option(help="Cap on the rows of a sequence in a layer.")
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="What `tune --train lora` added to this very model.")
+    ] = None,
     force: Force = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
     ] = False,
 ) -> None:
-    """Add gates to a pretrained checkpoint; it prunes nothing until it is tuned."""
+    """Add gates to a pretrained checkpoint; it prunes nothing until it is tuned.
+
+    With an adapter it is tuned already, and the adapter's own settings count.
+    """
     from ctxprune.pruner import convert as conversion
     from ctxprune.pruner.config import PruneConfig
 
@@ -56,7 +62,8 @@ def convert(
         )
     )
     folder: Path = conversion.convert(
-        model, out, config, force=force, trust_remote_code=trust_remote_code
+        model, out, config, adapter=adapter, force=force, trust_remote_code=trust_remote_code
     )
     set_current(folder)
-    say(f"wrote {folder}, now the current model; next: ctxprune tune --sparsity 0.8")
+    following = "tune --sparsity 0.8" if adapter is None else "eval"
+    say(f"wrote {folder}, now the current model; next: ctxprune {following}")

@@ -28,7 +28,10 @@ Text = typer.Option(help=".txt/.jsonl(.gz) file, folder or datasets name; defaul
 def tune(
     model: Model = None,
     sparsity: Annotated[
-        float | None, option("Share of the context to drop, in [0, 1)", TuneConfig.sparsity)
+        float | None,
+        option(
+            "Share of the context to drop, in [0, 1); 0 trains a dense control", TuneConfig.sparsity
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to make; default: MODEL-tuned.")
@@ -38,9 +41,7 @@ def tune(
         str | None, typer.Option(help="Held-out text for calibration, like --data.")
     ] = None,
     steps: Annotated[int | None, option("Optimizer steps", TuneConfig.steps)] = None,
-    train: Annotated[
-        str | None, option("gates, lora, full, or dense (the control)", TuneConfig.train)
-    ] = None,
+    train: Annotated[str | None, option("gates, lora or full", TuneConfig.train)] = None,
     context: Annotated[int | None, option("Tokens a window", TuneConfig.context)] = None,
     batch_size: Annotated[
         int | None, option("Windows a micro-batch", TuneConfig.batch_size)
@@ -52,12 +53,21 @@ def tune(
     ] = None,
     distill: Annotated[
         float | None,
-        option("Weight in [0, 1] of distillation from the dense model", TuneConfig.distill),
+        option("Weight in [0, 1] of distillation from the model itself, dense", TuneConfig.distill),
     ] = None,
     lora_rank: Annotated[
         int | None, option("Rank of the LoRA matrices", TuneConfig.lora_rank)
     ] = None,
     alpha: Annotated[float | None, option("Final alpha of alpha_sigmoid", TuneConfig.alpha)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Training tokens; sets the number of steps.")
+    ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="End the training after this time, and calibrate.")
+    ] = None,
+    dense_share: Annotated[
+        float | None, option("Share of the text read with the gates off", TuneConfig.dense_share)
+    ] = None,
     save_every: Annotated[
         int | None, option("Steps between resumable checkpoints", TuneConfig.save_every)
     ] = None,
@@ -87,6 +97,9 @@ def tune(
             distill=distill,
             lora_rank=lora_rank,
             alpha=alpha,
+            max_tokens=max_tokens,
+            max_minutes=max_minutes,
+            dense_share=dense_share,
             save_every=save_every,
             bf16=bf16,
             checkpointing=checkpointing,

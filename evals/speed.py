@@ -312,13 +312,7 @@ class Comparison:
             self.handle.use(self.config.policy, 0.0, max_rows=0)
             return
         if self.config.forced and lane.forced is None:
-            lane.forced = ForcedPolicy(
-                self.handle,
-                lane.sparsity,
-                self.context,
-                length=self.positions.numel(),
-                capped=self.max_rows > 0,
-            )
+            lane.forced = ForcedPolicy(self.handle, lane.sparsity, self.context)
         self.handle.use(
             lane.forced or self.config.policy,
             lane.sparsity,

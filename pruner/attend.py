@@ -14,7 +14,6 @@ from torch.autograd import profiler
 from torch.nn import functional as F
 
 from ctxprune.pruner.budget import cap_period
-from ctxprune.pruner.config import PERIOD
 from ctxprune.pruner.policies import Block, Policy
 from ctxprune.pruner.table import Table
 
@@ -73,6 +72,7 @@ def attend(
     reading: Reading,
     *,
     scale: float,
+    waiting: list[Block],
     expires: Tensor | None = None,
 ) -> Tensor:
     """Attend to the rows that the policy keeps, and evict the others.
@@ -81,6 +81,7 @@ def attend(
         query: (b, h, n, d); key, value: (b, h_kv, n, d), rotated already, of n new tokens.
         hidden: (b, n, hidden_size), the input of the attention module.
         reading: what these tokens are; the result does not depend on how it cuts them into blocks.
+        waiting: blocks of this layer that the policy has not digested; kept by the caller.
         expires: optional (b, total) int64, indexed by position; entry j is set to the position of
             the first query that does not see token j any more.
 
@@ -107,6 +108,11 @@ def attend(
             _count(reading.tally, now, visible)
         with _span("attention"):
             outputs.append(_attention(table, policy, layer, query[:, :, part], now, visible, scale))
+        waiting.append(now)
+        if border:
+            with _span("policy"):
+                policy.digest(layer, table, _joined(waiting))
+                waiting.clear()
         with _span("eviction"):
             if border:
                 alive = _limit(table, policy, layer, now, alive, reading)
@@ -124,6 +130,21 @@ def _span(name: str) -> AbstractContextManager[object]:
     if profiler._is_profiler_enabled:
         return torch.profiler.record_function(f"ctxprune.{name}")
     return nullcontext()
+
+
+def _joined(blocks: list[Block]) -> Block:
+    """Consecutive blocks as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return Block(
+        torch.cat([block.position for block in blocks], dim=1),
+        {
+            name: torch.cat([block.notes[name] for block in blocks], dim=1)
+            for name in blocks[0].notes
+        },
+        blocks[-1].seen,
+        any(block.padded for block in blocks),
+    )
 
 
 def _decide(table: Table, policy: Policy, layer: int, now: Block) -> tuple[Tensor | None, Tensor]:
@@ -229,8 +250,8 @@ def _limit(
     rows = held.sum(dim=1, keepdim=True)
     limit = rows
     if policy.budget is not None:
-        asked = (newest >= 0) & (seen % PERIOD == 0)
-        limit = torch.where(asked, torch.minimum(rows, policy.budget.after(seen)), rows)
+        asked = (newest >= 0) & (seen % policy.budget.period == 0)
+        limit = torch.where(asked, torch.minimum(rows, policy.budget.after(layer)), rows)
     if reading.max_rows is not None:
         period = cap_period(reading.max_rows)
         room = reading.max_rows - period

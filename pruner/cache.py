@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -10,9 +12,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ctxprune.pruner.attend import BLOCK, Reading, Tally
 from ctxprune.pruner.budget import cap_period
-from ctxprune.pruner.config import PERIOD
 from ctxprune.pruner.errors import CtxpruneError
-from ctxprune.pruner.policies import Policy
+from ctxprune.pruner.policies import Block, Policy
 from ctxprune.pruner.table import Table
 
 
@@ -28,6 +29,7 @@ class PrunedLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.table = Table()
+        self.waiting: list[Block] = []
         self.seen = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -56,11 +58,13 @@ class PrunedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.table, self.seen, self.is_initialized = Table(), 0, False
+        self.table, self.waiting, self.seen = Table(), [], 0
+        self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beam."""
         self.table.reorder(beam_idx)
+        self.waiting = [block.reordered(beam_idx) for block in self.waiting]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: an evicted row cannot come back.
@@ -103,6 +107,7 @@ class PrunedCache(Cache):
         self.tally = tally
         self.reading: Reading | None = None
         self.tokens: Tensor | None = None
+        self._counts: list[int] = []  # `tokens` as the host knows them, so that it need not ask
         self.expires: list[Tensor] | None = [] if record else None
 
     def advance(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> None:
@@ -113,6 +118,12 @@ class PrunedCache(Cache):
         """
         if self.tokens is None:
             self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+            self._counts = [0] * batch
+        periods = []
+        if self.max_rows is not None:
+            periods.append([cap_period(self.max_rows)])
+        if self.policy.budget is not None:
+            periods.append(self.policy.budget.periods)
         position = self.tokens[:, None] + torch.arange(length, device=device)
         padded = mask is not None and not bool(mask[:, -length:].all())
         if mask is not None and padded:
@@ -120,24 +131,28 @@ class PrunedCache(Cache):
             position = self.tokens[:, None] + real.cumsum(dim=1) - 1
             position = position.masked_fill(real == 0, -1)
             self.tokens = self.tokens + real.sum(dim=1)
+            places = position.tolist()
+            self._counts = self.tokens.tolist()
         else:
             self.tokens = self.tokens + length
-        borders: set[int] = set()
-        if self.max_rows is not None:
-            borders = _borders(position, cap_period(self.max_rows))
-        elif self.policy.budget is not None:
-            borders = _borders(position, PERIOD)
+            places = [range(count, count + length) for count in self._counts]
+            self._counts = [count + length for count in self._counts]
+        borders = {end for period in periods for end in _borders(places, period)}
         blocks = _blocks(length, self.block, borders)
         seen = self.get_seq_length() + length
         self.reading = Reading(position, seen, padded, blocks, self.max_rows, self.tally)
         if self.expires is not None:
             self._lengthen_record(int(self.tokens.max()))
 
-    def table(self, layer: int) -> Table:
-        """The rows that layer still holds."""
+    def layer(self, layer: int) -> PrunedLayer:
+        """The cache of one layer."""
         pruned = self.layers[layer]
         assert isinstance(pruned, PrunedLayer)
-        return pruned.table
+        return pruned
+
+    def table(self, layer: int) -> Table:
+        """The rows that layer still holds."""
+        return self.layer(layer).table
 
     def tables(self) -> list[Table]:
         """All tables, in layer order."""
@@ -170,6 +185,8 @@ class PrunedCache(Cache):
         super().reorder_cache(beam_idx)
         if self.tokens is not None:
             self.tokens = self.tokens.index_select(0, beam_idx)
+            same = len(set(self._counts)) == 1
+            self._counts = self._counts[:1] * len(beam_idx) if same else self.tokens.tolist()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """These sequences alone, indices (b',) int64."""
@@ -196,10 +213,18 @@ class PrunedCache(Cache):
             self.expires[layer] = grown
 
 
-def _borders(position: Tensor, period: int) -> set[int]:
-    """Ends of blocks at which some sequence has read a `period`-th token; position (b, n)."""
-    rows = position.tolist()
-    return {at + 1 for row in rows for at, p in enumerate(row) if p >= 0 and (p + 1) % period == 0}
+def _borders(places: Sequence[Sequence[int]], periods: Sequence[int]) -> Iterator[int]:
+    """Ends of blocks at which some sequence has read a `period`-th token.
+
+    Args:
+        places: position of each token, -1 for padding, sequence by sequence.
+        periods: of each sequence, or one for all.
+    """
+    for place, period in zip(places, cycle(periods), strict=False):
+        if isinstance(place, range):
+            yield from range(period - place.start % period, len(place) + 1, period)
+        else:
+            yield from (at + 1 for at, p in enumerate(place) if p >= 0 and (p + 1) % period == 0)
 
 
 def _blocks(length: int, block: int, borders: set[int]) -> tuple[tuple[int, int, bool], ...]:

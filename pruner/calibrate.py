@@ -1,8 +1,10 @@
-"""From a requested sparsity to the shift of the gates' threshold that realises it.
+"""How many rows each layer deserves at a level: measured on held-out text.
 
-With hard decisions a token is gone once the least of its scores is below 0. The shift that drops
-a given share is therefore a quantile of these margins; since dropping changes the hidden states
-further up, the measurement is repeated at the shift found.
+The gates were trained against one threshold for all layers, so layers that need more keep more.
+With hard decisions a token is gone once the least of its scores is below that threshold: the one
+that drops a given share of all pairs is a quantile of these margins. Since dropping changes the
+hidden states further up, the measurement is repeated at the threshold found. What is left in each
+layer is its share; inference gives it as many rows, the best by the same margins.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.levels import Level, prior
 from ctxprune.pruner.soft import SoftAttention
 
-TOLERANCE = 0.002
-ROUNDS = 6
+TOLERANCE = 0.005
+ROUNDS = 5
 # Pairs looked at for a quantile.
 SAMPLE = 4_000_000
 
@@ -28,41 +30,45 @@ def calibrate(
     windows: Tensor,
     levels: Sequence[float],
     on_phase: Callable[[str], None] | None = None,
-) -> dict[float, float]:
-    """Find the shift for each level on held-out text.
+) -> dict[float, tuple[float, ...]]:
+    """Find what each layer keeps at each level.
 
     Args:
         model: with a `Handle`. windows: (count, context) int64. levels: each in (0, 1).
 
     Returns:
-        level -> shift, realised within TOLERANCE where the margins allow it.
+        level -> share of the pairs j < k that each layer keeps; their mean is 1 - level, within
+        TOLERANCE where the margins allow it.
     """
-    shifts: dict[float, float] = {}
+    shares: dict[float, tuple[float, ...]] = {}
     shift = 0.0
     for level in sorted(set(levels)):
         if on_phase is not None:
             on_phase(f"calibrating sparsity {level:g}")
-        best = (float("inf"), shift)
+        best = float("inf")
         for _ in range(ROUNDS):
-            realised, quantile = _measure(model, windows, level, shift)
-            best = min(best, (abs(realised - level), shift))
-            if best[0] <= TOLERANCE:
+            kept, quantile = _measure(model, windows, level, shift)
+            missed = abs(1.0 - sum(kept) / len(kept) - level)
+            if missed < best:
+                best, shares[level], found = missed, kept, shift
+            if best <= TOLERANCE:
                 break
             shift -= quantile
-        shifts[level] = shift = best[1]
-    return shifts
+        shift = found
+    return shares
 
 
 @torch.no_grad()
 def _measure(
     model: PreTrainedModel, windows: Tensor, level: float, shift: float
-) -> tuple[float, float]:
-    """Hard sparsity at a shift, and the `level`-quantile of the margins there."""
+) -> tuple[tuple[float, ...], float]:
+    """Share of the pairs kept in each layer, and the `level`-quantile of the margins there."""
     handle = handle_of(model)
     context = windows.shape[1]
     later, earlier = torch.tril_indices(context, context, offset=-1)
     stride = max(1, len(windows) * len(handle.gates) * len(later) // SAMPLE)
-    margins, dropped, total = [], 0, 0
+    margins = []
+    kept = torch.zeros(len(handle.gates), dtype=torch.float64)
     for window in windows:
         soft = SoftAttention(
             Level(prior(level, context), shift),
@@ -75,9 +81,8 @@ def _measure(
             model(window[None].to(model.device), use_cache=False)
         for layer, margin in soft.margins.items():
             pairs = margin[0].cpu()[later, earlier]
-            dropped += int((pairs <= 0).sum())
-            total += len(pairs)
+            kept[layer] += float((pairs > 0).double().mean()) / len(windows)
             margins.append(pairs[layer % stride :: stride])
     sample = torch.cat(margins)
     rank = min(max(round(level * len(sample)), 1), len(sample))
-    return dropped / total, float(sample.kthvalue(rank).values)
+    return tuple(kept.tolist()), float(sample.kthvalue(rank).values)

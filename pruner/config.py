@@ -13,7 +13,7 @@ from ctxprune.pruner.errors import CtxpruneError, choose
 # Tokens of a sequence between two evictions by score (`policies.Policy.score`). More are cheaper to
 # read, since they make a block of queries; fewer follow a budget more closely.
 PERIOD = 16
-TRAINABLE = ("gates", "lora", "full", "dense")
+TRAINABLE = ("gates", "lora", "full")
 
 
 def check_sparsity(value: float) -> float:
@@ -82,16 +82,16 @@ class PruneConfig(FromMapping):
         protect_first: first tokens of a sequence that are never dropped (attention sinks).
         protect_recent: newest tokens that are never dropped.
         context: length in tokens that the gates were tuned and calibrated at.
-        levels: sparsity -> shift of the gates' threshold that realises it; empty until tuned.
+        levels: sparsity -> share of the pairs j < k that each layer keeps; empty until tuned.
         tuned: the sparsity asked for at tuning, 0 until then; what `load` uses by default.
         max_rows: cap on the rows of a sequence in a layer; None: no cap.
     """
 
     rank: int = 32
-    protect_first: int = 4
-    protect_recent: int = 8
+    protect_first: int = 1
+    protect_recent: int = 1
     context: int = 512
-    levels: Mapping[float, float] = field(default_factory=dict)
+    levels: Mapping[float, tuple[float, ...]] = field(default_factory=dict)
     tuned: float = 0.0
     max_rows: int | None = None
 
@@ -103,7 +103,14 @@ class PruneConfig(FromMapping):
         check_sparsity(self.tuned)
         if self.max_rows is not None:
             check_max_rows(self.max_rows, self.protect_first + self.protect_recent)
-        levels = {check_sparsity(float(level)): float(s) for level, s in self.levels.items()}
+        if any(not isinstance(shares, list | tuple) for shares in self.levels.values()):
+            raise CtxpruneError(
+                "this model was calibrated by an earlier version of ctxprune", "tune it again"
+            )
+        levels = {
+            check_sparsity(float(level)): tuple(float(share) for share in shares)
+            for level, shares in self.levels.items()
+        }
         object.__setattr__(self, "levels", dict(sorted(levels.items())))
 
 
@@ -112,13 +119,13 @@ class TuneConfig(FromMapping):
     """One fine-tuning run.
 
     Attributes:
-        sparsity: the level asked for; 0.5 to 0.9 are trained and calibrated beside it.
+        sparsity: the level asked for; the others are trained and calibrated beside it. 0 leaves
+            the gates alone: the control that a pruned model is compared with.
         data: training text: .txt/.jsonl(.gz) file, folder, `datasets` name; None: embedded sample.
         valid: held-out text for calibration; None: embedded sample if `data` is, else the last
             twentieth of the training windows, which training then leaves out.
         steps: optimizer steps.
-        train: `gates`, `lora` (gates and LoRA), `full` (gates and all weights), or `dense`: all
-            weights with the gates off, the control that a pruned model is compared with.
+        train: `gates`, `lora` (gates and LoRA) or `full` (gates and all weights).
         context: tokens a window. batch_size: windows a micro-batch. accumulate: micro-batches a
             step.
         lr, gate_lr: peak learning rates of the weights and of the gates.
@@ -127,9 +134,13 @@ class TuneConfig(FromMapping):
         penalty: weight of the squared log-ratio of soft kept share to its target.
         sharpness: factor on the scores at the end, rising from 1, so soft decisions become hard.
         alpha: alpha of alpha_sigmoid at the end, rising by a cosine from 1 (the paper's schedule).
-        distill: weight in [0, 1] of the divergence from the dense model, against the LM loss.
+        distill: weight in [0, 1] of the divergence from the same model with its gates off,
+            against the LM loss.
+        dense_share: share of the micro-batches that are read with the gates off.
         lora_rank: rank of the LoRA matrices.
         seed: of the data order, the sampled levels and dropout.
+        max_tokens: of training text; fewer steps than `steps` then make the whole schedule.
+        max_minutes: of training; the run then ends where it is, with what it has learned.
         save_every: steps between two resumable checkpoints.
         bf16: autocast to bfloat16. checkpointing: recompute activations in the backward pass.
     """
@@ -150,28 +161,36 @@ class TuneConfig(FromMapping):
     sharpness: float = 4.0
     alpha: float = 1.0
     distill: float = 0.0
+    dense_share: float = 0.5
     lora_rank: int = 16
     seed: int = 0
+    max_tokens: int | None = None
+    max_minutes: float | None = None
     save_every: int = 50
     bf16: bool = False
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
-        if self.sparsity == 0.0 and self.train != "dense":
+        if self.sparsity == 0.0 and self.train == "gates":
             raise CtxpruneError(
-                "sparsity 0 leaves nothing to tune", "give a level such as `--sparsity 0.8`"
+                "sparsity 0 leaves the gates nothing to learn",
+                "give a level such as `--sparsity 0.8`, or `--train full` for a dense control",
             )
         choose("value of train", self.train, TRAINABLE)
         for name in ("steps", "batch_size", "accumulate", "lora_rank", "save_every"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("context", self.context, 16)
+        for name, least in (("max_tokens", 1), ("max_minutes", 0)):
+            if getattr(self, name) is not None:
+                check_at_least(name, getattr(self, name), least)
         for name in ("alpha", "sharpness"):
             check_at_least(name, getattr(self, name), 1.0)
-        for name in ("lr", "gate_lr", "penalty", "warmup", "ramp", "distill"):
+        for name in ("lr", "gate_lr", "penalty", "warmup", "ramp"):
             check_at_least(name, getattr(self, name), 0.0)
-        if self.distill > 1.0:
-            raise CtxpruneError(f"distill is a weight in [0, 1], not {self.distill:g}")
+        for name in ("distill", "dense_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise CtxpruneError(f"{name} is a share in [0, 1], not {getattr(self, name):g}")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ctxprune.pruner import checkpoint
+from ctxprune.pruner.adapter import apply as apply_adapter
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.engine import DENSE, new_gates
 from ctxprune.pruner.errors import CtxpruneError
@@ -29,6 +30,7 @@ def convert(
     out: Path,
     config: PruneConfig,
     *,
+    adapter: Path | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -38,6 +40,7 @@ def convert(
         source: hub id, folder, or .gguf file; None: the embedded checkpoint.
         out: folder to make. force: replace it if it exists.
         config: rank and protected tokens.
+        adapter: what `tune` added to this very source; its own configuration then counts.
         trust_remote_code: let a hub repository run its own code.
 
     Raises:
@@ -60,9 +63,14 @@ def convert(
     else:
         model, tokenizer = _from_hub(source, trust_remote_code=trust_remote_code)
         name = source
-    gates = new_gates(model, config)
+    provenance = {"base": name}
+    if adapter is None:
+        gates = new_gates(model, config)
+    else:
+        model, gates, config, about = apply_adapter(adapter, model)
+        provenance = {**about, "base": name}
     with checkpoint.staged(out, force=force) as folder:
-        checkpoint.write(folder, model, gates, config, tokenizer, {"base": name})
+        checkpoint.write(folder, model, gates, config, tokenizer, provenance)
     return out
 
 

@@ -6,7 +6,7 @@ or weights changes: with the engine off it runs its own attention, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ctxprune.pruner import policies
 from ctxprune.pruner.attend import BLOCK, Tally, attend
 from ctxprune.pruner.cache import PrunedCache
-from ctxprune.pruner.config import PERIOD, PruneConfig, check_max_rows, check_sparsity
+from ctxprune.pruner.config import PruneConfig, check_max_rows, check_sparsity
 from ctxprune.pruner.dense import DenseCache, dense_attention
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.families import Family, family_of
@@ -86,6 +86,7 @@ class Handle:
         self.gates = gates
         self.config = config
         self.policy: policies.Policy | None = None
+        self._chosen: str | policies.Policy = "gate"
         self.sparsity = 0.0
         self.max_rows: int | None = None
         self.soft: SoftAttention | None = None
@@ -110,7 +111,7 @@ class Handle:
         policy: str | policies.Policy = "gate",
         sparsity: float = 0.0,
         *,
-        context: int | None = None,
+        context: int | Sequence[int] | None = None,
         max_rows: int | None = None,
     ) -> None:
         """Choose what the following forward passes and generations drop.
@@ -119,7 +120,8 @@ class Handle:
             policy: a name of `policies.names()`, or a policy that was made already.
             sparsity: share of the earlier tokens to drop, in [0, 1). At 0, without a cap, the
                 engine is off and the model computes its own dense attention.
-            context: length of the texts, from which a policy with a budget sets it.
+            context: tokens of the texts to come, for which the sparsity is met: one number, or one
+                a sequence of the batch; None: the context that the model was tuned at.
             max_rows: cap on the rows of a sequence in a layer, at every moment; None: the one of
                 the model's configuration; 0: none.
 
@@ -129,16 +131,22 @@ class Handle:
         """
         check_sparsity(sparsity)
         self.max_rows = self.cap_of(max_rows)
-        if isinstance(policy, policies.Policy):
-            self.policy = policy
-        else:
-            choose("policy", policy, policies.names())
-            request = policies.Request(
-                sparsity, context, self.config, self.gate_list, self.max_rows
-            )
-            dense = sparsity == 0.0 and self.max_rows is None
-            self.policy = None if dense else policies.make(policy, request)
         self.sparsity = sparsity
+        self._chosen = policy
+        if isinstance(policy, str):
+            choose("policy", policy, policies.names())
+        self.fit(self.config.context if context is None else context)
+
+    def fit(self, context: int | Sequence[int]) -> None:
+        """Meet the chosen sparsity at another length of text, as `use` has it."""
+        if isinstance(self._chosen, policies.Policy):
+            self.policy = self._chosen
+        elif self.sparsity == 0.0 and self.max_rows is None:
+            self.policy = None
+        else:
+            contexts = (context,) if isinstance(context, int) else tuple(context)
+            request = policies.Request(self.sparsity, contexts, self.config, self.gate_list)
+            self.policy = policies.make(self._chosen, request)
         self._switch()
 
     def cap_of(self, max_rows: int | None) -> int | None:
@@ -154,10 +162,10 @@ class Handle:
 
     @property
     def evicts_every(self) -> int:
-        """Tokens of a sequence between two evictions; 0 while nothing is evicted."""
+        """Tokens of a sequence between two evictions at most; 0 while nothing is evicted."""
         if self.policy is None:
             return 0
-        return 1 if self.policy.budget is None else PERIOD
+        return 1 if self.policy.budget is None else max(self.policy.budget.periods)
 
     def cache(self, *, record: bool = False) -> PrunedCache | DenseCache:
         """A fresh cache for what was chosen; `record` as in `PrunedCache`."""
@@ -352,6 +360,7 @@ def _attention(
             hidden,
             cache.reading,
             scale=scale,
+            waiting=cache.layer(call.layer).waiting,
             expires=cache.expiry(call.layer),
         )
     return out.transpose(1, 2).contiguous(), None

@@ -66,19 +66,23 @@ def alpha_sigmoid(scores: Tensor, alpha: float) -> Tensor:
     return kept
 
 
-def margin(scores: Tensor, free: Tensor) -> Tensor:
-    """m[k, j] = min over queries i in (j, k] of s[i, j]: token j is alive at query k iff m > 0.
+def margin(scores: Tensor, free: Tensor, before: Tensor | None = None) -> Tensor:
+    """m[k, j] = min over queries i in (j, k] of s[i, j]: how little token j ever was worth.
 
     Args:
-        scores: (b, q, r), every query from the first on.
+        scores: (b, q, r), of consecutive queries.
         free: bool, broadcastable to scores; True where query i may drop token j. False elsewhere,
             and wherever i <= j.
+        before: (b, r), the margins up to the query before them; None: these are the first.
 
     Returns:
         (b, q, r), falling along the queries; +inf where nothing could drop the token yet, so also
         above the diagonal.
     """
-    return torch.where(free, scores, torch.inf).cummin(dim=-2).values
+    scores = torch.where(free, scores, torch.inf)
+    if before is None:
+        return scores.cummin(dim=-2).values
+    return torch.cat([before[:, None], scores], dim=-2).cummin(dim=-2).values[:, 1:]
 
 
 def log_survival(margins: Tensor, alpha: float = 1.0) -> Tensor:
@@ -104,6 +108,15 @@ def window_of(sparsity: float, context: int) -> float:
     return half - math.sqrt(max(half * half - 2.0 * pairs, 0.0))
 
 
+def sparsity_of(window: float, context: int) -> float:
+    """Share of the pairs j < k < context that a window of this width drops: inverse of the above.
+
+    The window is at most the context.
+    """
+    window = min(window, context - 1.0)
+    return 1.0 - window * (2 * context - window - 1) / (context * (context - 1))
+
+
 def free_pairs(
     query_position: Tensor, row_position: Tensor, protect_first: int, protect_recent: int
 ) -> Tensor:
@@ -115,7 +128,7 @@ def free_pairs(
     return (age >= max(protect_recent, 1)) & (row_position[..., None, :] >= protect_first)
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The gate computes in its own dtype; entering torch's context costs a decode step dear."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
@@ -149,7 +162,7 @@ class Gate(nn.Module):
         They are computed in the gate's own dtype and rounded to that of the hidden states, in
         which a row's key is kept; training rounds alike, so that it sees the same decisions.
         """
-        with _no_autocast(hidden.device):
+        with no_autocast(hidden.device):
             wide = hidden.to(self.query.weight.dtype)
             query, key = F.linear(wide, self.query.weight), F.linear(wide, self.key.weight)
             return query.to(hidden.dtype), key.to(hidden.dtype)
@@ -173,7 +186,7 @@ class Gate(nn.Module):
     def content(self, query: Tensor, key: Tensor) -> Tensor:
         """The part of the score (b, q, r) that depends on the tokens."""
         dtype = self.query.weight.dtype
-        with _no_autocast(query.device):
+        with no_autocast(query.device):
             product = query.to(dtype) @ key.to(dtype).transpose(-1, -2)
             scaled: Tensor = product * query.shape[-1] ** -0.5
         return scaled

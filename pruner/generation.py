@@ -70,6 +70,9 @@ def generate(
         options["streamer"] = _Streamer(tokenizer, on_text)
     handle = handle_of(model)
     handle.last_cache = None
+    copies = max(config.num_beams, config.num_return_sequences)
+    lengths = (batch["attention_mask"].sum(dim=1) + config.max_new_tokens).tolist()
+    handle.fit([length for length in lengths for _ in range(copies)])
     write: Any = model.generate
     began = time.monotonic()
     with handle.measure() as usage:

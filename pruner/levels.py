@@ -1,4 +1,4 @@
-"""From a requested sparsity to the gate's threshold: the calibration table, read."""
+"""From a requested sparsity to settings of the gates: what is trained at, and what layers hold."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from ctxprune.pruner.config import PruneConfig
-from ctxprune.pruner.gate import window_of
+from ctxprune.pruner.gate import sparsity_of, window_of
 
-# Levels that every tuned model serves, beside the one asked for.
+# Levels that every tuned model is calibrated at, beside the one asked for.
 STANDARD = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
 class Level:
-    """A setting of the gates: log of the prior's window, and the calibrated shift."""
+    """A threshold of the gates: log of the prior's window, and a shift of all scores."""
 
     log_window: float
-    shift: float
+    shift: float = 0.0
 
 
 def prior(sparsity: float, context: int) -> float:
@@ -34,14 +34,20 @@ def ceiling(config: PruneConfig, context: int) -> float:
     return 1.0 - kept / (context * (context - 1) / 2.0)
 
 
-def level_of(config: PruneConfig, sparsity: float) -> Level:
-    """The setting for any sparsity in (0, 1): shifts are linear between calibrated levels."""
+def layer_windows(config: PruneConfig, sparsity: float, context: int) -> tuple[float, ...]:
+    """Rows a layer, in proportion to each other, for a sparsity in (0, 1) at a context.
+
+    It is the number of rows that decides how layers share them, so the level is looked up by the
+    rows that it has at the tuned context; between two calibrated levels shares are linear.
+    """
+    level = sparsity_of(window_of(sparsity, context), config.context)
     known = list(config.levels)
-    right = bisect_left(known, sparsity)
-    if right == 0 or right == len(known):
-        shift = config.levels[known[min(right, len(known) - 1)]]
+    right = bisect_left(known, level)
+    if right in (0, len(known)):
+        shares = config.levels[known[min(right, len(known) - 1)]]
     else:
         low, high = known[right - 1], known[right]
-        share = (sparsity - low) / (high - low)
-        shift = (1 - share) * config.levels[low] + share * config.levels[high]
-    return Level(prior(sparsity, config.context), shift)
+        part = (level - low) / (high - low)
+        pairs = zip(config.levels[low], config.levels[high], strict=True)
+        shares = tuple((1 - part) * a + part * b for a, b in pairs)
+    return tuple(window_of(1.0 - share, config.context) for share in shares)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.gate import sparsity_of
 
 
 def lm_loss(logits: Tensor, ids: Tensor) -> Tensor:
@@ -58,14 +59,18 @@ def hardening(step: int, config: TuneConfig) -> tuple[float, float]:
 def sample_level(step: int, index: int, config: TuneConfig) -> float:
     """The level that micro-batch `index` of a step is trained at; 0 is dense.
 
-    Half are dense, so that the dense end of the dial stays the best one (gates alone learn nothing
-    there), a quarter is the level asked for, and a quarter lies anywhere in [0.4, 0.92]. All are
-    scaled down during the ramp. It is a function of the seed and the step alone, so that a resumed
-    run draws the same.
+    A `dense_share` is dense, so that the dense end of the dial stays the best one (gates alone
+    learn nothing there); half of the others are the level asked for, half have a window drawn
+    evenly by its logarithm between 1/128 and 1/2 of the context. All are scaled down during the
+    ramp. It is a function of the seed and the step alone, so that a resumed run draws the same.
     """
-    draw = random.Random(f"{config.seed}/{step}/{index}")
-    kind = draw.random()
-    if kind < 0.5 and config.train != "gates":
+    if config.sparsity == 0.0:
         return 0.0
-    level = config.sparsity if kind < 0.75 else draw.uniform(0.4, 0.92)
+    draw = random.Random(f"{config.seed}/{step}/{index}")
+    if draw.random() < config.dense_share and config.train != "gates":
+        return 0.0
+    level = config.sparsity
+    if draw.random() < 0.5:
+        widest, narrowest = math.log(config.context / 2), math.log(max(config.context / 128, 4))
+        level = sparsity_of(math.exp(draw.uniform(narrowest, widest)), config.context)
     return level * progress(step + 1, 0, config.ramp * config.steps)

@@ -1,18 +1,23 @@
-"""Attention as training sees it: all pairs at once, with decisions that are soft.
+"""Attention as training sees it: every pair, with decisions that are soft.
 
-The gate's own code decides here as it does in `attend`; with hard decisions both give the same.
+It runs in chunks of queries, forwards and backwards, over the tokens before each chunk alone: no
+n x n tensor lives, and half of the pairs is never computed. The gate's own code decides here as it
+does at inference.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ctxprune.pruner.gate import Gate, free_pairs, log_survival, margin
+from ctxprune.pruner.gate import Gate, free_pairs, log_survival, margin, no_autocast
 from ctxprune.pruner.levels import Level
+
+# Queries a chunk: enough for full speed of the products, few enough to stay in the cache.
+CHUNK = 128
 
 
 @dataclass
@@ -22,7 +27,7 @@ class SoftAttention:
     Attributes:
         level: the gates' setting.
         sharpness, alpha: see `TuneConfig`; ignored where hard.
-        hard: decide as inference does.
+        hard: decide by the sign of the margin.
         protect_first, protect_recent: see `PruneConfig`.
         kept: share of the pairs j < k that survive, one differentiable scalar a layer.
         hard_kept: the same with hard decisions. live: share of the pairs whose decision still
@@ -43,6 +48,25 @@ class SoftAttention:
         self.live: dict[int, Tensor] = {}
         self.margins: dict[int, Tensor] | None = None
 
+    def decide(
+        self, gate: Gate, query: Tensor, key: Tensor, start: int, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """log I, and the margins (b, q, r), of a chunk of queries.
+
+        Args:
+            query: (b, q, rank) interaction queries from position `start` on.
+            key: (b, r, rank) interaction keys of all tokens up to the last of them.
+            before: (b, r) the margins as they were before the chunk, +inf for its own tokens.
+        """
+        rows = torch.arange(key.shape[1], device=key.device)[None]
+        queries = rows[:, start:]
+        free = free_pairs(queries, rows, self.protect_first, self.protect_recent)
+        scores = gate.scores(query, key, queries, rows, self.level.log_window, self.level.shift)
+        least = margin(scores, free, before)
+        if self.hard:
+            return torch.zeros_like(least).masked_fill(least <= 0, -torch.inf), least
+        return log_survival(least * self.sharpness, self.alpha).clamp_min(-1e4), least
+
 
 def soft_attend(
     soft: SoftAttention,
@@ -57,36 +81,180 @@ def soft_attend(
 ) -> Tensor:
     """softmax(Q K^T scale + log I) V for full windows without padding (arXiv 2305.15805, eq. 5).
 
-    Shapes as in `attend`. With `soft.hard`, log I is 0 or -inf, as at inference.
+    Shapes as in `attend`. With `soft.hard`, log I is 0 or -inf.
     """
-    length = hidden.shape[1]
-    position = torch.arange(length, device=hidden.device)[None]
-    free = free_pairs(position, position, soft.protect_first, soft.protect_recent)
     interaction = gate.interact(hidden)
-    scores = gate.scores(*interaction, position, position, soft.level.log_window, soft.level.shift)
-    causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-    pairs = hidden.shape[0] * length * (length - 1) / 2
-    least = margin(scores, free)
-    with torch.no_grad():
-        alive = (least > 0) & causal
-        soft.hard_kept[layer] = (alive.sum() - hidden.shape[0] * length) / pairs
-        if soft.margins is not None:
-            soft.margins[layer] = least.detach()
-    if soft.hard:
-        bias = torch.zeros_like(scores).masked_fill(~alive, -torch.inf)
-    else:
-        log_kept = log_survival(least * soft.sharpness, soft.alpha)
-        survived = log_kept.exp().masked_fill(~causal, 0.0)
-        soft.kept[layer] = (survived.sum() - hidden.shape[0] * length) / pairs
-        with torch.no_grad():
-            learning = (survived > 1e-3) & (survived < 1 - 1e-3)
-            soft.live[layer] = learning.sum() / pairs
-        bias = log_kept.clamp_min(-1e4).masked_fill(~causal, -torch.inf)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=bias[:, None].to(query.dtype),
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+    out, kept, hard_kept, live, margins = _ChunkedAttention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, *interaction, gate.slope, gate.bias, (soft, gate, scale)
     )
+    batch, length = hidden.shape[:2]
+    pairs = batch * length * (length - 1) / 2
+    soft.kept[layer] = kept / pairs
+    soft.hard_kept[layer] = hard_kept / pairs
+    soft.live[layer] = live / pairs
+    if soft.margins is not None:
+        soft.margins[layer] = margins
+    result: Tensor = out
+    return result
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Attention and the sum of I over j < k; keeps its inputs, its output and two vectors a layer.
+
+    Query heads are folded into the query axis of their key's head: (b, h_kv, groups * q, d).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate_query: Tensor,
+        gate_key: Tensor,
+        slope: Tensor,
+        bias: Tensor,
+        how: tuple[SoftAttention, Gate, float],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        soft, gate, scale = how
+        dtype = _compute_dtype(query)
+        q, k, v = _fold(query, key).to(dtype), key.to(dtype), value.to(dtype)
+        batch, length = gate_key.shape[:2]
+        before = gate_key.new_empty((batch, 0), dtype=bias.dtype)
+        outs, norms, befores, margins = [], [], [], []
+        kept, hard_kept, live = (bias.new_zeros(()) for _ in range(3))
+        with no_autocast(query.device):
+            for start in range(0, length, CHUNK):
+                stop = min(start + CHUNK, length)
+                before = _padded(before, stop)
+                befores.append(before)
+                log_kept, least = soft.decide(
+                    gate, gate_query[:, start:stop], gate_key[:, :stop], start, before
+                )
+                causal = _causal(start, stop, bias)
+                survived = log_kept.exp() * causal
+                kept = kept + survived.sum() - batch * (stop - start)
+                hard_kept = hard_kept + ((least > 0) & causal).sum() - batch * (stop - start)
+                live = live + ((survived > 1e-3) & (survived < 1 - 1e-3)).sum()
+                log_kept = log_kept.masked_fill(~causal, -torch.inf)
+                logits = _logits(q[:, :, :, start:stop], k[:, :, :stop], log_kept, scale)
+                norm = logits.logsumexp(dim=-1, keepdim=True)
+                weights = logits.sub_(norm).exp_().to(dtype)
+                outs.append(_times(weights, v[:, :, :stop]))
+                norms.append(norm)
+                before = least[:, -1]
+                if soft.margins is not None:
+                    margins.append(_padded(least, length))
+        out = torch.cat(outs, dim=3)
+        ctx.save_for_backward(
+            query, key, value, gate_query, gate_key, slope, bias, out, *norms, *befores
+        )
+        ctx.how = how
+        seen = torch.cat(margins, dim=1) if margins else None
+        ctx.mark_non_differentiable(hard_kept, live)
+        return out.flatten(1, 2).to(query.dtype), kept, hard_kept, live, seen
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor, grad_kept: Tensor, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        query, key, value, gate_query, gate_key, slope, bias, out, *kept = ctx.saved_tensors
+        soft, gate, scale = ctx.how
+        dtype = out.dtype
+        q, k, v = _fold(query, key).to(dtype), key.to(dtype), value.to(dtype)
+        grad_out = _fold(grad_out, key).to(dtype)
+        length = gate_key.shape[1]
+        starts = range(0, length, CHUNK)
+        norms, befores = kept[: len(starts)], kept[len(starts) :]
+        wide = bias.dtype
+        grads = [torch.zeros_like(t, dtype=wide) for t in (q, k, v, gate_query, gate_key)]
+        grad_q, grad_k, grad_v, grad_gate_q, grad_gate_k = grads
+        grad_slope, grad_bias = torch.zeros_like(slope), torch.zeros_like(bias)
+        grad_after: Tensor | None = None
+        for index, start in reversed(list(enumerate(starts))):
+            stop = min(start + CHUNK, length)
+            part = slice(start, stop)
+            causal = _causal(start, stop, bias)
+            leaves = [
+                t.detach().requires_grad_()
+                for t in (gate_query[:, part], gate_key[:, :stop], befores[index])
+            ]
+            with torch.enable_grad():
+                log_kept, least = soft.decide(gate, leaves[0], leaves[1], start, leaves[2])
+                survived = (log_kept.exp() * causal).sum()
+                after = least[:, -1]
+            masked = log_kept.detach().masked_fill(~causal, -torch.inf)
+            logits = _logits(q[:, :, :, part], k[:, :, :stop], masked, scale)
+            weights = logits.sub_(norms[index]).exp_()
+            upstream = grad_out[:, :, :, part]
+            grad_weights = _times(upstream, v[:, :, :stop].transpose(-1, -2)).to(wide)
+            mean = (upstream.to(wide) * out[:, :, :, part].to(wide)).sum(-1, keepdim=True)
+            grad_logits = grad_weights.sub_(mean).mul_(weights)
+            narrow = grad_logits.to(dtype)
+            grad_q[:, :, :, part] = _times(narrow, k[:, :, :stop]) * scale
+            grad_k[:, :, :stop] += _gather(narrow, q[:, :, :, part]) * scale
+            grad_v[:, :, :stop] += _gather(weights.to(dtype), upstream)
+            outputs: list[Tensor] = [log_kept, survived]
+            given: list[Tensor] = [grad_logits.sum(dim=(1, 2)), grad_kept]
+            if grad_after is not None:
+                outputs.append(after)
+                given.append(grad_after[:, :stop])
+            d_query, d_key, d_before, d_slope, d_bias = torch.autograd.grad(
+                outputs, [*leaves, slope, bias], given
+            )
+            grad_gate_q[:, part] = d_query
+            grad_gate_k[:, :stop] += d_key
+            grad_slope += d_slope
+            grad_bias += d_bias
+            grad_after = d_before
+        return (
+            grad_q.flatten(1, 2).to(query.dtype),
+            grad_k.to(key.dtype),
+            grad_v.to(value.dtype),
+            grad_gate_q.to(gate_query.dtype),
+            grad_gate_k.to(gate_key.dtype),
+            grad_slope,
+            grad_bias,
+            None,
+        )
+
+
+def _compute_dtype(query: Tensor) -> torch.dtype:
+    """What the products are computed in: under autocast its dtype, else the query's."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def _fold(query: Tensor, key: Tensor) -> Tensor:
+    """(b, h, n, d) as (b, h_kv, groups, n, d)."""
+    folded: Tensor = query.unflatten(1, (key.shape[1], -1))
+    return folded
+
+
+def _causal(start: int, stop: int, like: Tensor) -> Tensor:
+    """Bool (q, r): row r is not later than query start + q."""
+    rows = torch.arange(stop, device=like.device)
+    return rows <= rows[start:, None]
+
+
+def _padded(before: Tensor, rows: int) -> Tensor:
+    """Margins (..., rows): +inf for the tokens that are new."""
+    return torch.nn.functional.pad(before, (0, rows - before.shape[-1]), value=torch.inf)
+
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """(b, h_kv, groups, q, x) @ (b, h_kv, x, y), the groups folded into the queries."""
+    product = left.flatten(2, 3) @ right
+    unfolded: Tensor = product.unflatten(2, left.shape[2:4])
+    return unfolded
+
+
+def _gather(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over groups and queries: (b, h_kv, groups, q, r), (..., q, d) -> (b, h_kv, r, d)."""
+    return left.flatten(2, 3).transpose(-1, -2) @ right.flatten(2, 3)
+
+
+def _logits(query: Tensor, key: Tensor, log_kept: Tensor, scale: float) -> Tensor:
+    """(b, h_kv, groups, q, r) in log_kept's dtype, from (b, q, r) log I."""
+    product = _times(query, key.transpose(-1, -2)).to(log_kept.dtype)
+    return product.mul_(scale).add_(log_kept[:, None, None])

@@ -7,7 +7,6 @@ alone, so a resumed run repeats what an uninterrupted one does.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -23,12 +22,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxprune.pruner import checkpoint, data
+from ctxprune.pruner import adapter, checkpoint, data
 from ctxprune.pruner import levels as levels_module
 from ctxprune.pruner.calibrate import calibrate
 from ctxprune.pruner.config import TuneConfig
@@ -56,15 +56,12 @@ OnPhase = Callable[[str], None]
 class Trainee(nn.Module):
     """Model and gates as one module, whose forward pass is the loss of a micro-batch."""
 
-    def __init__(
-        self, model: PreTrainedModel, handle: Handle, config: TuneConfig, teacher: nn.Module | None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:
         super().__init__()
         self.model = model
         self.gates = handle.gates
         self.handle = handle
         self.config = config
-        self._teacher = [teacher]  # in a list: its weights are not ours to train
 
     def forward(
         self, ids: Tensor, level: float, sharpness: float, alpha: float
@@ -79,16 +76,21 @@ class Trainee(nn.Module):
         soft = SoftAttention(
             setting, prune.protect_first, prune.protect_recent, sharpness=sharpness, alpha=alpha
         )
+        teacher = self._teach(ids) if self.config.distill > 0.0 else None
         with self.handle.training(soft):
             logits = self.model(ids, use_cache=False).logits
         task = lm_loss(logits, ids)
         kept = torch.stack([soft.kept[layer] for layer in sorted(soft.kept)]).mean()
         loss = task * (1.0 - self.config.distill)
-        if self.config.distill > 0.0:
-            loss = loss + self.config.distill * distillation_loss(logits, self._teach(ids))
+        seen: dict[str, Any] = {}
+        if teacher is not None:
+            divergence = distillation_loss(logits, teacher)
+            loss = loss + self.config.distill * divergence
+            seen["divergence"] = divergence.detach()
         loss = loss + self.config.penalty * sparsity_penalty(kept, level)
         layers = sorted(soft.hard_kept)
         return loss, {
+            **seen,
             "lm_loss": task.detach(),
             "target": level,
             "sparsity_soft": 1.0 - float(kept.detach()),
@@ -99,15 +101,8 @@ class Trainee(nn.Module):
 
     @torch.no_grad()
     def _teach(self, ids: Tensor) -> Tensor:
-        """Logits of the dense model as it was before tuning."""
-        teacher = self._teacher[0]
-        if teacher is not None:
-            logits: Tensor = teacher(ids, use_cache=False).logits
-            return logits
+        """Logits of this very model with its gates off: no second copy, and it learns along."""
         with self.handle.training(None):
-            if self.config.train == "lora":
-                with self.model.disable_adapter():  # type: ignore[operator]
-                    return self.model(ids, use_cache=False).logits  # type: ignore[no-any-return]
             return self.model(ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
@@ -134,7 +129,13 @@ def tune(
     """
     checkpoint.refuse_existing(out, force=force)
     work = out.parent / f".{out.name}.tuning"
-    on_phase = on_phase or (lambda _: None)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.bf16 else "no",
+        gradient_accumulation_steps=config.accumulate,
+        # A dense micro-batch uses no gate.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    on_phase = on_phase if on_phase and accelerator.is_main_process else _say_nothing
     if resume and not (work / STATE).is_file():
         raise CtxpruneError(
             f"there is no interrupted run for `{out}` to resume", "leave out `--resume`"
@@ -146,37 +147,40 @@ def tune(
     _check_context(model, handle, config)
     on_phase("reading the text")
     train_windows, valid_windows = _texts(tokenizer, config)
-    teacher = copy.deepcopy(model) if config.distill > 0 and config.train == "full" else None
     model, parameters = _trainable(model, handle, config)
-    trainee = Trainee(model, handle, config, teacher)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.bf16 else "no",
-        gradient_accumulation_steps=config.accumulate,
-        cpu=handle.gate_list[0].bias.device.type == "cpu",
-    )
+    trainee = Trainee(model, handle, config)
+    tokens = config.context * config.batch_size * config.accumulate * accelerator.num_processes
+    if config.max_tokens is not None:
+        steps = min(config.steps, max(config.max_tokens // tokens, 1))
+        config = dataclasses.replace(config, steps=steps)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
     run = _Run(work, folder, config, trainee, optimizer)
-    start = run.restore() if resume else run.begin()
+    start = run.restore() if resume else 0
+    if accelerator.is_main_process:
+        run.begin(start)
+    accelerator.wait_for_everyone()
     prepared, prepared_optimizer = accelerator.prepare(trainee, optimizer)
     on_phase("tuning")
     with _stop_signals() as stop:
-        clock, done_here = time.monotonic(), 0
+        clock, before = time.monotonic(), run.seconds
         for step in range(start, config.steps):
             figures = _step(
                 step, prepared, prepared_optimizer, accelerator, run, config, train_windows
             )
-            done_here += 1
-            pace = done_here / (time.monotonic() - clock)
-            tokens = config.context * config.batch_size * config.accumulate
-            figures["tokens_per_s"] = pace * tokens * accelerator.num_processes
+            here = time.monotonic() - clock
+            run.seconds = before + here
+            pace = (step + 1 - start) / here
+            figures["tokens_per_s"] = pace * tokens
             figures["eta_s"] = (config.steps - step - 1) / pace
+            last = step + 1 == config.steps or _time_is_up(run.seconds, config)
             if accelerator.is_main_process:
                 run.metrics.log(figures)
                 if on_step is not None:
                     on_step(figures)
-                last = step + 1 == config.steps
                 if stop.is_set() or (step + 1) % config.save_every == 0 or last:
                     run.save(step + 1)
+            if last:
+                break
             if stop.is_set():
                 run.metrics.close()
                 raise Interrupted(
@@ -189,6 +193,18 @@ def tune(
         _finish(run, model, handle, tokenizer, valid_windows, out, force, on_phase)
     accelerator.wait_for_everyone()
     return out
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def _time_is_up(seconds: float, config: TuneConfig) -> bool:
+    """Whether the budget of time is spent; the main process's clock counts for all."""
+    if config.max_minutes is None:
+        return False
+    spent: list[float] = broadcast_object_list([seconds])
+    return spent[0] >= 60.0 * config.max_minutes
 
 
 def _step(
@@ -210,9 +226,10 @@ def _step(
     total = 0.0
     trainee.train()
     for index in range(config.accumulate):
+        # N processes do in a step what one does that accumulates N times as often.
         place = index * accelerator.num_processes + accelerator.process_index
         ids = _batch(windows, step, place, config, accelerator.num_processes)
-        level = 0.0 if config.train == "dense" else sample_level(step, index, config)
+        level = sample_level(step, place, config)
         with accelerator.accumulate(trainee):
             loss, seen = trainee(ids.to(accelerator.device), level, sharpness, alpha)
             accelerator.backward(loss)
@@ -276,7 +293,7 @@ def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -
             f"use `--context {limit}` or less",
         )
     most = levels_module.ceiling(handle.config, config.context)
-    if config.train != "dense" and config.sparsity >= most:
+    if config.sparsity >= most:
         raise CtxpruneError(
             f"sparsity {config.sparsity:g} cannot be reached at a context of {config.context}: the "
             f"protected tokens leave {most:.2f} at most",
@@ -288,19 +305,11 @@ def _trainable(
     model: PreTrainedModel, handle: Handle, config: TuneConfig
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """Freeze what is not trained; returns the model, LoRA wrapped around it or not, and groups."""
-    model.requires_grad_(config.train in ("full", "dense"))
-    handle.gates.requires_grad_(config.train != "dense")
+    model.requires_grad_(config.train == "full")
+    handle.gates.requires_grad_(config.sparsity > 0.0)
     if config.train == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        adapter = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=2 * config.lora_rank,
-            target_modules=list(handle.family.lora_targets),
-            fan_in_fan_out=model.config.model_type == "gpt2",
-        )
         torch.manual_seed(config.seed)
-        model = get_peft_model(model, adapter)  # type: ignore[assignment]
+        model = adapter.wrap(model, config.lora_rank)
     if config.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -324,26 +333,40 @@ def _finish(
     force: bool,
     on_phase: OnPhase,
 ) -> None:
-    """Merge LoRA, calibrate, write the folder, clear the state away."""
+    """Calibrate, merge LoRA, write the folder with the adapter, clear the state away."""
     config = run.config
-    if config.train == "lora":
-        model = model.merge_and_unload()  # type: ignore[operator]
     model.train(False)
     prune = handle.config
-    if config.train != "dense":
+    if config.sparsity > 0.0:
         most = levels_module.ceiling(prune, config.context)
         asked = [s for s in {*levels_module.STANDARD, config.sparsity} if s < most]
-        shifts = calibrate(model, valid, asked, on_phase)
         prune = dataclasses.replace(
-            prune, levels=shifts, tuned=config.sparsity, context=config.context
+            prune,
+            levels=calibrate(model, valid, asked, on_phase),
+            tuned=config.sparsity,
+            context=config.context,
         )
     on_phase(f"writing {out}")
     provenance = checkpoint.read_settings(run.source).get("provenance", {})
-    provenance = {**provenance, "tune": dataclasses.asdict(config)}
+    provenance = {**provenance, "tune": _told(config)}
     with checkpoint.staged(out, force=force) as folder:
+        if config.train != "full":
+            rank = config.lora_rank if config.train == "lora" else 0
+            adapter.save(folder / adapter.FILE, model, handle.gates, prune, provenance, rank=rank)
+        if config.train == "lora":
+            model = model.merge_and_unload()  # type: ignore[operator]
         checkpoint.write(folder, model, handle.gates, prune, tokenizer, provenance)
         run.metrics.copy(folder)
     shutil.rmtree(run.work)
+
+
+def _told(config: TuneConfig) -> dict[str, Any]:
+    """The run as it is told to others: of its files, the names alone."""
+    told = dataclasses.asdict(config)
+    for name in ("data", "valid"):
+        if told[name] is not None and Path(told[name]).exists():
+            told[name] = Path(told[name]).name
+    return told
 
 
 class _Run:
@@ -362,24 +385,25 @@ class _Run:
         self.config = config
         self.optimizer = optimizer
         self.metrics = Metrics(work)
+        self.seconds = 0.0  # spent on steps so far
         self._trained = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
 
-    def begin(self) -> int:
-        """Start afresh, at step 0."""
-        shutil.rmtree(self.work, ignore_errors=True)
+    def begin(self, step: int) -> None:
+        """Open the working folder: an empty one at step 0."""
+        if step == 0:
+            shutil.rmtree(self.work, ignore_errors=True)
         try:
-            self.work.mkdir(parents=True)
+            self.work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CtxpruneError(f"`{self.work}` cannot be made: {error.strerror}") from error
-        self.metrics.begin(0)
-        return 0
+        self.metrics.begin(step)
 
     def save(self, step: int) -> None:
         """Write parameters and optimizer state, replacing the previous file atomically."""
         tensors = {f"parameter/{n}": p.detach().clone() for n, p in self._trained.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
-        about = {"step": str(step), "run": self._identity()}
+        about = {"step": str(step), "seconds": str(self.seconds), "run": self._identity()}
         temporary = self.work / f"{STATE}.tmp"
         try:
             save_file(tensors, temporary, metadata=about)
@@ -418,9 +442,8 @@ class _Run:
                 state.setdefault(int(index), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        step = int(about["step"])
-        self.metrics.begin(step)
-        return step
+        self.seconds = float(about["seconds"])
+        return int(about["step"])
 
     def _identity(self) -> str:
         return json.dumps({"source": str(self.source.resolve()), **dataclasses.asdict(self.config)})

@@ -189,7 +189,7 @@ def test_sampled_texts_of_a_prompt_have_their_own_rows(family: str) -> None:
 
 def test_half_a_thousand_tokens_in_a_fraction_of_the_memory(tmp_path: Path) -> None:
     """The embedded model, four prompts of 512 tokens, 512 more: bytes, and the text of one pass."""
-    config = PruneConfig(levels={0.8: 0.0}, tuned=0.8)
+    config = PruneConfig(levels={0.8: (0.2,) * 4}, tuned=0.8)
     folder = convert(None, tmp_path / "m", config)
     model = load(folder, dtype="float64")
     text = windows(load_tokenizer(folder), read_texts(None, "eval"), 512)

@@ -2,9 +2,9 @@
 
 A policy answers one or both of two questions. `keep`: which rows does each query still want? It is
 asked before attention, so a query that drops a token does not see it. `score`: which rows matter
-least? It is asked after attention, once a sequence holds more rows than it may: after every
-`PERIOD`-th of its tokens, where `budget` or a cap on rows says so (a small cap: more often).
-Everything counts in positions, so that one pass, single tokens and any batch decide alike.
+least? It is asked after attention, once a sequence holds more rows than it may, at borders that
+`budget` or a cap on rows sets. What it goes by is noted by `observe` and `digest`. Everything
+counts in positions, so that one pass, single tokens and any batch decide alike.
 
 Axes: b batch, q queries of the block, r rows of the table that are read, n tokens.
 """
@@ -32,17 +32,23 @@ class Request:
 
     Attributes:
         sparsity: share of the earlier tokens to drop, in [0, 1).
-        context: length of the texts to come, or None where it is unknown: a policy with a budget
-            then keeps its share of the tokens seen so far, at every moment.
+        contexts: lengths of the texts to come, one a sequence, or one for any batch.
         config: of the model; gates: one a layer.
-        max_rows: cap on the rows of a sequence in a layer, or None.
     """
 
     sparsity: float
-    context: int | None
+    contexts: tuple[int, ...]
     config: PruneConfig
     gates: Sequence[Gate]
-    max_rows: int | None = None
+
+    def even_budget(self, least: int = 1) -> Budget:
+        """The same number of rows in every layer; `least` of them are never refused."""
+        return self.budget([(1.0,) * len(self.gates)] * len(self.contexts), least)
+
+    def budget(self, shares: Sequence[tuple[float, ...]], least: int) -> Budget:
+        """Rows in these proportions between the layers, for each of the contexts."""
+        device = self.gates[0].bias.device
+        return Budget(self.sparsity, self.contexts, shares, least, device)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,11 @@ class Block:
     notes: dict[str, Tensor]
     seen: int
     padded: bool
+
+    def reordered(self, index: Tensor) -> Block:
+        """Sequence i is what sequence index[i] was, index (b',) int64."""
+        notes = {name: note.index_select(0, index) for name, note in self.notes.items()}
+        return Block(self.position.index_select(0, index), notes, self.seen, self.padded)
 
 
 class Policy:
@@ -93,6 +104,12 @@ class Policy:
 
     def observe(self, layer: int, table: Table, block: Block, weights: Tensor) -> None:
         """Note the attention weights (b, q, r), float32, mean over heads, 0 at padded queries."""
+
+    def digest(self, layer: int, table: Table, block: Block) -> None:
+        """Note what these queries think of the rows; asked once, before the next `score`.
+
+        The block may join several that were read one after the other since the last border.
+        """
 
     def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
         """(b, r) floats: the least leave first, among equals the oldest; +inf protects.

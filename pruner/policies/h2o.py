@@ -2,8 +2,8 @@
 
 Half of the budget goes to the newest tokens, half to those that gathered the most attention since
 they were read. It differs from the paper in that all heads of a layer share their rows (the mean of
-their attention counts), that the prompt is pruned while it is read, and that eviction happens after
-every `PERIOD`-th token.
+their attention counts), that the prompt is pruned while it is read, and that eviction happens at
+borders.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ctxprune.pruner.budget import Budget
 from ctxprune.pruner.policies import Block, Policy, Request
 from ctxprune.pruner.table import Table
 
@@ -23,7 +22,7 @@ class H2OPolicy(Policy):
     needs_weights = True
 
     def __init__(self, request: Request) -> None:
-        self.budget = Budget(request.sparsity, request.context, least=2)
+        self.budget = request.even_budget(least=2)
 
     def observe(self, layer: int, table: Table, block: Block, weights: Tensor) -> None:
         """Add up what each row got."""

@@ -2,14 +2,13 @@
 
 A key of small norm gets much attention, so the rows of the largest norm leave first. It differs
 from the paper in that the heads of a layer share their rows (the mean of their norms), that no
-layer is spared, and that eviction happens after every `PERIOD`-th token, in the prompt too.
+layer is spared, and that eviction happens at borders, in the prompt too.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ctxprune.pruner.budget import Budget
 from ctxprune.pruner.policies import Policy, Request
 from ctxprune.pruner.table import Table
 
@@ -18,7 +17,7 @@ class KeyNormPolicy(Policy):
     """Keeps the rows whose keys are shortest."""
 
     def __init__(self, request: Request) -> None:
-        self.budget = Budget(request.sparsity, request.context)
+        self.budget = request.even_budget()
 
     def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
         """(b, r): the mean norm of a row's keys, negative. Rotary positions leave it as it is."""

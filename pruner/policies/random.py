@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ctxprune.pruner.budget import Budget
 from ctxprune.pruner.policies import Policy, Request
 from ctxprune.pruner.table import Table
 
@@ -19,7 +18,7 @@ class RandomPolicy(Policy):
     def __init__(self, request: Request) -> None:
         self.first = max(request.config.protect_first, 1)
         self.recent = request.config.protect_recent
-        self.budget = Budget(request.sparsity, request.context, least=self.first + self.recent)
+        self.budget = request.even_budget(self.first + self.recent)
 
     def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
         """(b, r): the token's number in [0, 1)."""

@@ -3,7 +3,7 @@
 The newest tokens are a window of observers: they stay, and of the older rows those stay which the
 observers attended to most, pooled over neighbouring tokens so that whole clauses survive. The
 paper does this once, at the end of the prompt, head by head, with an unpruned cache until then. It
-differs here in that it is done again after every `PERIOD`-th token (the observers), while the
+differs here in that it is done again at borders (its tokens are the observers), while the
 prompt is read and while text is written, and that the heads of a layer share their rows.
 """
 
@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctxprune.pruner.budget import Budget
-from ctxprune.pruner.config import PERIOD
 from ctxprune.pruner.policies import Block, Policy, Request
 from ctxprune.pruner.table import Table
 
@@ -29,11 +27,12 @@ class SnapKVPolicy(Policy):
     needs_weights = True
 
     def __init__(self, request: Request) -> None:
-        self.budget = Budget(request.sparsity, request.context, least=2)
+        self.budget = self._even = request.even_budget(least=2)
 
     def observe(self, layer: int, table: Table, block: Block, weights: Tensor) -> None:
         """Add up the votes of this period; the first query of a period begins a new count."""
-        first = ((block.position % PERIOD == 0) & (block.position >= 0)).any(dim=1, keepdim=True)
+        begins = (block.position % self._even.period == 0) & (block.position >= 0)
+        first = begins.any(dim=1, keepdim=True)
         votes = table.column("votes")[:, 0, :, 0]
         votes.copy_(votes.masked_fill(first, 0.0) + weights.sum(dim=1))
 
@@ -45,7 +44,7 @@ class SnapKVPolicy(Policy):
         votes = votes.masked_fill(table.held.gather(1, order) < 0, 0.0)
         pooled = F.max_pool1d(votes[:, None], KERNEL, stride=1, padding=KERNEL // 2)[:, 0]
         scores = torch.empty_like(pooled).scatter_(1, order, pooled)
-        recent = table.held > newest - (limit // 2).clamp_max(PERIOD)
+        recent = table.held > newest - torch.minimum(limit // 2, self._even.period)
         return scores.masked_fill(recent, torch.inf)
 
 

@@ -18,25 +18,22 @@ from ctxprune.pruner.table import Table
 class StridedPolicy(Policy):
     """Keeps every `stride`-th token for ever, and a window of the newest.
 
-    Both have half of the share: the stride is 2 / (1 - sparsity). With a known context the window
-    has the fixed width that gives the requested sparsity there.
+    Both have half of the share: the stride is 2 / (1 - sparsity), and the window has the width that
+    gives the requested sparsity at the length of the text.
     """
 
     def __init__(self, request: Request) -> None:
-        self.share = 1.0 - request.sparsity
-        self.stride = max(2, round(2.0 / self.share))
+        share = 1.0 - request.sparsity
+        self.stride = max(2, round(2.0 / share))
         # Of the tokens outside of the window, 1 in `stride` stays as well.
-        self.recent = max(self.share - 1.0 / self.stride, 0.0) / (1.0 - 1.0 / self.stride)
-        self.width: int | None = None
-        if request.context is not None:
-            self.width = max(1, round(window_of(1.0 - self.recent, request.context)))
+        recent = max(share - 1.0 / self.stride, 0.0) / (1.0 - 1.0 / self.stride)
+        widths = [max(1, round(window_of(1.0 - recent, context))) for context in request.contexts]
+        self.widths = torch.tensor(widths, device=request.gates[0].bias.device)[:, None, None]
 
     def keep(self, layer: int, table: Table, block: Block) -> Tensor:
         """(b, q, r) bool: in the window, or at a multiple of the stride."""
         row, query = table.held[:, None, :], block.position[:, :, None]
-        width = self.width
-        wide = (query * self.recent).ceil().clamp_min(1) if width is None else width
-        return (query - row <= wide) | (row % self.stride == 0)
+        return (query - row <= self.widths) | (row % self.stride == 0)
 
     def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
         """(b, r): the oldest leave first, the strided ones after all others."""

@@ -1,8 +1,8 @@
 """Token omission via attention: "Transformers are Multi-State RNNs", arXiv 2401.06104.
 
 The rows that the newest query attends to least leave first; nothing is protected. It differs from
-the paper in that the prompt is pruned while it is read, and that eviction happens after every
-`PERIOD`-th token, by the attention of that token. Heads share their rows, as in the paper.
+the paper in that the prompt is pruned while it is read, and that eviction happens at borders, by
+the attention of their last token. Heads share their rows, as in the paper.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ctxprune.pruner.budget import Budget
 from ctxprune.pruner.policies import Block, Policy, Request
 from ctxprune.pruner.table import Table
 
@@ -22,7 +21,7 @@ class TovaPolicy(Policy):
     needs_weights = True
 
     def __init__(self, request: Request) -> None:
-        self.budget = Budget(request.sparsity, request.context)
+        self.budget = request.even_budget()
 
     def observe(self, layer: int, table: Table, block: Block, weights: Tensor) -> None:
         """Remember the weights of each sequence's newest query."""

@@ -15,27 +15,19 @@ from ctxprune.pruner.table import Table
 class WindowPolicy(Policy):
     """Keeps the first `sinks` tokens and a window of the newest.
 
-    With a known context the window has the fixed width that gives the requested sparsity there;
-    without, it holds the requested share of the tokens seen so far.
+    The window has the width that gives the requested sparsity at the length of the text.
     """
 
     def __init__(self, request: Request, sinks: int = 0) -> None:
         self.sinks = sinks
-        self.share = 1.0 - request.sparsity
-        self.width: int | None = None
-        if request.context is not None:
-            self.width = _width(request.sparsity, request.context, sinks)
+        device = request.gates[0].bias.device
+        widths = [_width(request.sparsity, context, sinks) for context in request.contexts]
+        self.widths = torch.tensor(widths, device=device)[:, None, None]
 
     def keep(self, layer: int, table: Table, block: Block) -> Tensor:
         """(b, q, r) bool: age at most the window's width, or a sink."""
         row, query = table.held[:, None, :], block.position[:, :, None]
-        age = query - row
-        if self.width is not None:
-            recent = age <= self.width
-        else:
-            # k earlier tokens were seen; the sinks are part of the share.
-            recent = age <= (query * self.share - self.sinks).ceil().clamp_min(1)
-        return recent | (row < self.sinks)
+        return (query - row <= self.widths) | (row < self.sinks)
 
     def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
         """(b, r): the oldest leave first, the sinks never."""

@@ -1,0 +1,122 @@
+"""What tuning added to a checkpoint, as one small file: LoRA matrices, gates and calibration.
+
+A safetensors file whose metadata hold the settings, so that `convert --adapter FILE` makes the
+tuned model from the published weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.engine import new_gates
+from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.families import family_of
+
+FILE = "adapter.ctxprune"
+LORA, GATES = "lora/", "gates/"
+
+
+def wrap(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """LoRA of a rank around the projections of a model, which is frozen.
+
+    What peft returns is a module of its own kind that stands for the model.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=list(family_of(model.config).lora_targets),
+        fan_in_fan_out=model.config.model_type == "gpt2",
+    )
+    return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+def save(
+    path: Path,
+    model: PreTrainedModel,
+    gates: nn.ModuleList,
+    config: PruneConfig,
+    provenance: Mapping[str, Any],
+    *,
+    rank: int,
+) -> None:
+    """Write the adapter of a model that `wrap` made; rank 0: only gates were tuned.
+
+    The LoRA matrices are rounded to bfloat16: half the size, and less than what a step of the
+    optimizer changes. The gates stay as they are.
+    """
+    tensors = {GATES + name: tensor for name, tensor in gates.state_dict().items()}
+    if rank:
+        for name, tensor in get_peft_model_state_dict(model).items():
+            tensors[LORA + name] = tensor.to(torch.bfloat16)
+    about = {
+        "config": dataclasses.asdict(config),
+        "provenance": dict(provenance),
+        "lora_rank": rank,
+    }
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"ctxprune": json.dumps(about)})
+
+
+def apply(
+    path: Path, model: PreTrainedModel
+) -> tuple[PreTrainedModel, nn.ModuleList, PruneConfig, dict[str, Any]]:
+    """Merge an adapter into the weights that it was trained on.
+
+    Returns:
+        the model, its gates, their configuration, and the adapter's provenance.
+
+    Raises:
+        CtxpruneError: no adapter, or one of another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["ctxprune"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CtxpruneError(
+            f"`{path}` is no adapter of ctxprune", f"give the {FILE} that `ctxprune tune` wrote"
+        ) from error
+    config = PruneConfig.from_mapping(about["config"], str(path))
+    gates = new_gates(model, config)
+    try:
+        gates.load_state_dict(_part(tensors, GATES))
+        if about["lora_rank"]:
+            model = _merge(model, _part(tensors, LORA), about["lora_rank"])
+    except (RuntimeError, KeyError) as error:
+        raise CtxpruneError(
+            f"`{path}` does not fit this model",
+            f"it was trained on {about['provenance'].get('base', 'another one')}",
+        ) from error
+    return model, gates, config, about["provenance"]
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _merge(model: PreTrainedModel, matrices: dict[str, Tensor], rank: int) -> PreTrainedModel:
+    wrapped = wrap(model, rank)
+    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(wrapped).items()}
+    if {name: tensor.shape for name, tensor in matrices.items()} != expected:
+        raise KeyError("LoRA matrices of another model")
+    set_peft_model_state_dict(wrapped, {n: t.float() for n, t in matrices.items()})
+    merged = wrapped.merge_and_unload()  # type: ignore[operator]
+    assert isinstance(merged, PreTrainedModel)
+    return merged

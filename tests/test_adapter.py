@@ -1,0 +1,60 @@
+"""An adapter: small, and with the published weights the tuned model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_tune import run_config
+
+from ctxprune.pruner import adapter
+from ctxprune.pruner.checkpoint import GATES, SETTINGS, load, read_config
+from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.convert import convert
+from ctxprune.pruner.engine import handle_of
+from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.tune import tune
+
+Make = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("train", ["gates", "lora"])
+def test_an_adapter_and_the_source_are_the_tuned_model(
+    tiny_folder: Make, dense_folder: Make, text_file: Path, tmp_path: Path, family: str, train: str
+) -> None:
+    config = run_config(text_file, train=train)
+    tuned = tune(tiny_folder(family), tmp_path / "tuned", config)
+    file = tuned / adapter.FILE
+    again = convert(str(dense_folder(family)), tmp_path / "again", PruneConfig(), adapter=file)
+    assert read_config(again) == read_config(tuned)
+    gates = load_file(tuned / GATES)
+    assert all(torch.equal(gates[n], t) for n, t in load_file(again / GATES).items())
+    ids = torch.arange(1, 90)[None]
+    logits = []
+    for folder in (tuned, again):
+        model = load(folder, sparsity=0.7)
+        handle_of(model).fit(89)
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+    # LoRA matrices are rounded to bfloat16.
+    torch.testing.assert_close(*logits, atol=2e-2, rtol=0)
+    provenance = json.loads((again / SETTINGS).read_text())["provenance"]
+    assert provenance["tune"]["data"] == text_file.name  # no path of the machine it was made on
+
+
+def test_an_adapter_of_another_model_is_refused(
+    tiny_folder: Make, dense_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    tuned = tune(tiny_folder("gpt2"), tmp_path / "tuned", run_config(text_file, train="lora"))
+    out = tmp_path / "out"
+    with pytest.raises(CtxpruneError, match="does not fit"):
+        convert(str(dense_folder("llama")), out, PruneConfig(), adapter=tuned / adapter.FILE)
+    for wrong in (tuned / "model.safetensors", tmp_path / "none"):
+        with pytest.raises(CtxpruneError, match="no adapter"):
+            convert(str(dense_folder("gpt2")), out, PruneConfig(), adapter=wrong)
+    assert not out.exists()

@@ -1,0 +1,77 @@
+"""The chunked attention of training, forwards and backwards, against the equations written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ctxprune.pruner import soft as soft_module
+from ctxprune.pruner.gate import Gate, free_pairs, log_survival, margin
+from ctxprune.pruner.levels import Level
+from ctxprune.pruner.soft import SoftAttention, soft_attend
+
+HEADS, KEY_HEADS, WIDTH, HIDDEN = 6, 2, 4, 12
+
+
+def written_out(
+    soft: SoftAttention, gate: Gate, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    """softmax(Q K^T scale + log I) V with n x n tensors, and the mean of I over j < k."""
+    batch, length = hidden.shape[:2]
+    position = torch.arange(length)[None]
+    free = free_pairs(position, position, soft.protect_first, soft.protect_recent)
+    scores = gate.scores(
+        *gate.interact(hidden), position, position, soft.level.log_window, soft.level.shift
+    )
+    log_kept = log_survival(margin(scores, free) * soft.sharpness, soft.alpha)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    kept = (log_kept.exp() * causal).sum() - batch * length
+    bias = log_kept.clamp_min(-1e4).masked_fill(~causal, -torch.inf)[:, None]
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    weights = (query @ key.transpose(-1, -2) * 0.5 + bias).softmax(dim=-1)
+    return weights @ value, kept / (batch * length * (length - 1) / 2)
+
+
+def case(length: int) -> tuple[Gate, list[Tensor]]:
+    """A gate whose content speaks, and query, key, value, hidden, in double precision."""
+    torch.manual_seed(0)
+    gate = Gate(HIDDEN, 5).double()
+    torch.nn.init.normal_(gate.key.weight, std=0.5)
+    shapes = [(2, heads, length, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in [*shapes, (2, length, HIDDEN)]]
+    return gate, [tensor.requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_values_and_gradients_are_those_of_the_equations(
+    chunk: int, alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soft_module, "CHUNK", chunk)
+    gate, tensors = case(24)
+    soft = SoftAttention(Level(1.5, 0.1), 2, 3, sharpness=1.7, alpha=alpha)
+    found = soft_attend(soft, gate, 0, *tensors, scale=0.5)
+    expected, kept = written_out(soft, gate, *tensors)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(soft.kept[0], kept)
+    probe = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
+    inputs = [*tensors, *gate.parameters()]
+    gradients = [
+        torch.autograd.grad((out * probe).sum() + 3 * share, inputs)
+        for out, share in ((found, soft.kept[0]), (expected, kept))
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_is_kept_for_the_backward_pass_grows_linearly() -> None:
+    """Floats saved by the layer at 512 tokens: fewer than a single n x n matrix."""
+    gate, tensors = case(512)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (saved.append(tensor.numel()), tensor)[1], lambda tensor: tensor
+    ):
+        soft_attend(SoftAttention(Level(3.0), 1, 1), gate, 0, *tensors, scale=0.5)
+    assert sum(saved) < 512 * 512
