@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,8 @@ Examples:
   ctxprune bench --model ./m --forced --sparsity 0,0.8 --modes pruned,oracle
 
   ctxprune bench --architecture gpt2 --batch 32 --context 1024
+
+  ctxprune bench --training --train lora --bf16 --context 512,1024,2048
 """
 
 
@@ -58,6 +60,16 @@ def bench(
     text: Annotated[
         str | None, typer.Option(help="Text of the prompts, a file or datasets name.")
     ] = None,
+    training: Annotated[
+        bool,
+        typer.Option("--training", help="Measure steps of tuning beside dense ones instead."),
+    ] = False,
+    train: Annotated[
+        str | None, typer.Option(help="With --training: gates, lora or full; default: full.")
+    ] = None,
+    bf16: Annotated[
+        bool | None, typer.Option("--bf16", help="With --training: autocast to bfloat16.")
+    ] = None,
     dtype: Dtype = None,
     device: Annotated[str | None, typer.Option(help="torch device; default: cpu.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
@@ -70,6 +82,12 @@ def bench(
             check_writable(path)
     if model is not None and architecture is not None:
         raise CtxpruneError("`--model` and `--architecture` exclude each other")
+    if training:
+        options = given(
+            context=numbers(context), repeats=repeats, text=text, train=train, bf16=bf16
+        )
+        _training(current(model), options, json_file)
+        return
     options = given(
         architecture=architecture,
         batch=numbers(batch),
@@ -103,3 +121,24 @@ def bench(
         plot(results, plot_file)
         say(f"wrote {plot_file}")
     stdout.print(rich_table(results))
+
+
+def _training(folder: Path, options: dict[str, Any], json_file: Path | None) -> None:
+    """Measure steps of tuning, and print a table."""
+    from rich.table import Table
+
+    from ctxprune.evals.training_cost import TrainingCostConfig, training_cost
+
+    config = TrainingCostConfig.from_mapping(options, "the options")
+    results = training_cost(folder, config, on_event=say)
+    if json_file is not None:
+        write_text(json_file, json.dumps(results, indent=2) + "\n")
+        say(f"wrote {json_file}")
+    table = Table(title="A step of tuning, beside a dense one of the same weights")
+    for name in ("context", "mode", "step, s", "of dense", "peak, GB"):
+        table.add_column(name, justify="left" if name == "mode" else "right")
+    for row in results["rows"]:
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
+        cells = (f"{row['step_s']['median']:.2f}", f"{row['ratio']:.2f}", peak)
+        table.add_row(str(row["context"]), row["mode"], *cells)
+    stdout.print(table)

@@ -18,7 +18,7 @@ from ctxprune.recipes import Recipe, Step
 
 # Options of each step beside the fields of its configuration, and those that it cannot do without.
 EXTRA: dict[str, tuple[str, ...]] = {
-    "convert": ("source", "trust_remote_code"),
+    "convert": ("source", "adapter", "trust_remote_code"),
     "tune": ("model",),
     "eval": ("model",),
     "export": ("model", "results"),
@@ -171,6 +171,7 @@ class Work:
             step.options.get("source"),
             self.out / step.name,
             PruneConfig.from_mapping(_fields(step), f"step `{step.name}`"),
+            adapter=Path(step.options["adapter"]) if step.options.get("adapter") else None,
             force=True,
             trust_remote_code=bool(step.options.get("trust_remote_code", False)),
         )

@@ -147,7 +147,7 @@ def tune(
     _check_context(model, handle, config)
     on_phase("reading the text")
     train_windows, valid_windows = _texts(tokenizer, config)
-    model, parameters = _trainable(model, handle, config)
+    model, parameters = trainable(model, handle, config)
     trainee = Trainee(model, handle, config)
     tokens = config.context * config.batch_size * config.accumulate * accelerator.num_processes
     if config.max_tokens is not None:
@@ -301,7 +301,7 @@ def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -
         )
 
 
-def _trainable(
+def trainable(
     model: PreTrainedModel, handle: Handle, config: TuneConfig
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """Freeze what is not trained; returns the model, LoRA wrapped around it or not, and groups."""

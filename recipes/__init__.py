@@ -7,7 +7,8 @@
       - gate-eval 0.8 perplexity <= 1.10 * dense-eval 0 perplexity
 
 A step is a command with its own options, underscored; `model` names an earlier step or a folder.
-An expectation compares the results of `eval` steps: STEP LEVEL METRIC, or a number.
+A step may be a grid (`recipes.grid`). An expectation compares the results of `eval` steps: STEP
+LEVEL METRIC, or a number.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import yaml
 
 from ctxprune.pruner.errors import CtxpruneError, choose
+from ctxprune.recipes.grid import expand
 
 COMMANDS = ("convert", "tune", "export", "generate", "eval", "report")
 
@@ -115,7 +117,7 @@ def parse(name: str, raw: Any) -> Recipe:
     if not isinstance(expect, list):
         raise CtxpruneError(f"`expect` in recipe `{name}` is no list")
     steps: list[Step] = []
-    for entry in raw["steps"]:
+    for entry in expand(name, raw["steps"]):
         steps.append(_step(name, entry, [step.name for step in steps]))
     return Recipe(name, tuple(steps), tuple(_expectation(text) for text in expect))
 

@@ -50,11 +50,39 @@ def test_the_recipes_of_the_docs_are_shipped() -> None:
         ({"steps": [{"convert": {}}, {"convert": {}}]}, "two steps called"),
         ({"steps": ["convert"]}, "no mapping"),
         ({"steps": [], "expect": ["gate is good"]}, "not understood"),
+        ({"steps": [{"tune": {"model": "m", "grid": {"lr": 1}}}]}, "grid of step `tune`"),
+        ({"steps": [{"convert": {"grid": {"rnk": [1]}}}]}, "did you mean `rank`"),
     ],
 )
 def test_mistakes_are_named(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(CtxpruneError, match=message):
         check(recipes.parse("mine", raw))
+
+
+def test_a_grid_is_its_combinations_and_what_is_done_with_them() -> None:
+    plan = recipes.parse(
+        "mine",
+        {
+            "steps": [
+                {"name": "m", "convert": {}},
+                {
+                    "name": "t",
+                    "tune": {"model": "m", "grid": {"lr": [0.5], "train": ["full", "lora"]}},
+                },
+                {"name": "e", "eval": {"model": "t", "grid": {"policy": ["gate", "sink"]}}},
+                {"name": "r", "report": {"of": "e"}},
+            ]
+        },
+    )
+    check(plan)
+    tuned = ["t-lr-0_5-train-full", "t-lr-0_5-train-lora"]
+    assert [step.name for step in plan.steps if step.command == "tune"] == tuned
+    assert [step.options["train"] for step in plan.steps[1:3]] == ["full", "lora"]
+    evals = [step for step in plan.steps if step.command == "eval"]
+    assert [(step.options["model"], step.options["policy"]) for step in evals] == [
+        (model, policy) for model in tuned for policy in ("gate", "sink")
+    ]
+    assert plan.steps[-1].options["of"] == [step.name for step in evals]
 
 
 def test_unknown_recipes_are_named() -> None:

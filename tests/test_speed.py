@@ -18,6 +18,13 @@ from ctxprune.evals.breakdown import RANGES
 from ctxprune.evals.speed import MODES, BenchConfig, Comparison, bench, kv_bytes
 from ctxprune.evals.speed_report import markdown, plot, rich_table
 from ctxprune.evals.subject import prompts
+from ctxprune.evals.training_cost import (
+    DENSE,
+    DISTILLED,
+    GATED,
+    TrainingCostConfig,
+    training_cost,
+)
 from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.checkpoint import load
 from ctxprune.pruner.dense import DenseCache
@@ -254,3 +261,20 @@ def test_the_command(tiny_folder: Make, text_file: Path, tmp_path: Path) -> None
 def test_bad_input_is_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = ctxprune("bench", *arguments, cwd=tmp_path, code=2)
     assert message in done.stderr and done.stdout == ""
+
+
+def test_a_step_of_tuning_beside_a_dense_one(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    events: list[str] = []
+    config = TrainingCostConfig(context=(32, 64), repeats=2, train="lora")
+    results = training_cost(tiny_folder("llama"), config, on_event=events.append)
+    rows = results["rows"]
+    assert [(row["context"], row["mode"]) for row in rows] == [
+        (context, mode) for context in (32, 64) for mode in (DENSE, GATED, DISTILLED)
+    ]
+    assert events == [f"context {row['context']}: {row['mode']}" for row in rows]
+    for row in rows:
+        assert 0 < row["step_s"]["min"] <= row["step_s"]["median"] <= row["step_s"]["max"]
+        assert row["peak_bytes"] is None or row["peak_bytes"] > 0
+    assert rows[0]["ratio"] == rows[3]["ratio"] == 1.0

@@ -1,0 +1,127 @@
+"""What a step of tuning costs beside a step of dense fine-tuning of the same weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctxprune.evals.memory import machine, peak_of
+from ctxprune.evals.provenance import provenance
+from ctxprune.evals.subject import check_positions, from_folder, prompts
+from ctxprune.pruner.config import FromMapping, TuneConfig, check_at_least
+from ctxprune.pruner.data import read_texts, windows
+from ctxprune.pruner.engine import handle_of
+from ctxprune.pruner.tune import Trainee, trainable
+
+DENSE, GATED, DISTILLED = "dense", "gated", "gated, distilled"
+PACKAGES = ("ctxprune", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class TrainingCostConfig(FromMapping):
+    """One measurement.
+
+    Attributes:
+        context: lengths of the windows; all are measured. batch: windows a step.
+        train: what is trained, as for `TuneConfig`. bf16: autocast to bfloat16.
+        repeats: timed steps a mode.
+        text: of the windows, as for `EvalConfig`.
+    """
+
+    context: tuple[int, ...] = (512, 1024, 2048)
+    batch: int = 1
+    train: str = "full"
+    bf16: bool = False
+    repeats: int = 5
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "context", tuple(int(n) for n in self.context))
+        for name in ("batch", "repeats"):
+            check_at_least(name, getattr(self, name), 1)
+        self.tuning(0.8)
+
+    def tuning(self, sparsity: float, distill: float = 0.0) -> TuneConfig:
+        """The run that a step is taken from."""
+        return TuneConfig(
+            sparsity=sparsity,
+            distill=distill,
+            train=self.train,
+            bf16=self.bf16,
+            context=min(self.context),
+        )
+
+
+def training_cost(
+    folder: Path,
+    config: TrainingCostConfig,
+    on_event: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Time forward and backward passes (the optimizer costs all modes the same), and their memory.
+
+    Returns:
+        `rows`, one a context and mode: `step_s` (median, min, max), `ratio` to the dense step,
+        `peak_bytes` of the process or device in such a step; and provenance.
+    """
+    say = on_event or (lambda line: None)
+    subject = from_folder(folder, dtype="float32", device="cpu")
+    handle = handle_of(subject.model)
+    check_positions(subject.model, max(config.context), 0)
+    model, _ = trainable(subject.model, handle, config.tuning(0.8))
+    lanes: dict[str, tuple[nn.Module, float]] = {
+        DENSE: (Trainee(model, handle, config.tuning(0.8)), 0.0),
+        GATED: (Trainee(model, handle, config.tuning(0.8)), 0.8),
+        DISTILLED: (Trainee(model, handle, config.tuning(0.8, 0.5)), 0.8),
+    }
+    texts = read_texts(config.text, "eval")
+    rows = []
+    for context in config.context:
+        ids = prompts(windows(subject.tokenizer, texts, context), config.batch)
+        seconds: dict[str, list[float]] = {mode: [] for mode in lanes}
+        peaks = {}
+        for mode, (trainee, level) in lanes.items():
+            say(f"context {context}: {mode}")
+            peaks[mode] = peak_of(partial(_step, trainee, ids, level, config.bf16), ids.device)
+        # In turns, so that what else the machine does meets all of them.
+        for _ in range(config.repeats):
+            for mode, (trainee, level) in lanes.items():
+                began = time.perf_counter()
+                _step(trainee, ids, level, config.bf16)
+                seconds[mode].append(time.perf_counter() - began)
+        dense = median(seconds[DENSE])
+        rows += [
+            {
+                "mode": mode,
+                "context": context,
+                "step_s": {"median": median(times), "min": min(times), "max": max(times)},
+                "ratio": median(times) / dense,
+                "peak_bytes": peaks[mode],
+            }
+            for mode, times in seconds.items()
+        ]
+    return {
+        "model": subject.name,
+        "batch": config.batch,
+        "train": config.train,
+        "bf16": config.bf16,
+        "repeats": config.repeats,
+        "machine": machine(subject.model.device),
+        "threads": torch.get_num_threads(),
+        **provenance(*PACKAGES),
+        "rows": rows,
+    }
+
+
+def _step(trainee: nn.Module, ids: Tensor, level: float, bf16: bool) -> None:
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=bf16):
+        loss, _ = trainee(ids, level, 2.0, 1.0)
+    loss.backward()
+    trainee.zero_grad(set_to_none=True)
