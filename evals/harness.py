@@ -76,9 +76,9 @@ class PrunedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             dense: Tensor = super()._model_call(inps, attn_mask, labels)
             return dense
         lengths = torch.tensor([self._true_length(row) for row in inps.tolist()])
-        handle_of(self.model).fit(lengths.tolist())  # each request has the sparsity asked for
         mask = torch.arange(inps.shape[1]) < lengths[:, None]
-        with torch.inference_mode():
+        # Each request has the sparsity that is asked for.
+        with torch.inference_mode(), handle_of(self.model).fitted(lengths.tolist()):
             logits: Tensor = self.model(inps, attention_mask=mask.long().to(inps.device)).logits
         return logits
 

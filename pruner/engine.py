@@ -135,10 +135,20 @@ class Handle:
         self._chosen = policy
         if isinstance(policy, str):
             choose("policy", policy, policies.names())
-        self.fit(self.config.context if context is None else context)
+        self._fit(self.config.context if context is None else context)
 
-    def fit(self, context: int | Sequence[int]) -> None:
-        """Meet the chosen sparsity at another length of text, as `use` has it."""
+    @contextmanager
+    def fitted(self, context: int | Sequence[int]) -> Iterator[None]:
+        """Meet the chosen sparsity at another length of text, as `use` has it, inside."""
+        policy = self.policy
+        self._fit(context)
+        try:
+            yield
+        finally:
+            self.policy = policy
+            self._switch()
+
+    def _fit(self, context: int | Sequence[int]) -> None:
         if isinstance(self._chosen, policies.Policy):
             self.policy = self._chosen
         elif self.sparsity == 0.0 and self.max_rows is None:

@@ -72,10 +72,10 @@ def generate(
     handle.last_cache = None
     copies = max(config.num_beams, config.num_return_sequences)
     lengths = (batch["attention_mask"].sum(dim=1) + config.max_new_tokens).tolist()
-    handle.fit([length for length in lengths for _ in range(copies)])
     write: Any = model.generate
     began = time.monotonic()
-    with handle.measure() as usage:
+    contexts = [length for length in lengths for _ in range(copies)]
+    with handle.fitted(contexts), handle.measure() as usage:
         ids = write(**batch.to(model.device), **options)
     seconds = time.monotonic() - began
     new = ids.shape[0] * (ids.shape[1] - batch["input_ids"].shape[1])

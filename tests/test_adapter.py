@@ -37,8 +37,8 @@ def test_an_adapter_and_the_source_are_the_tuned_model(
     ids = torch.arange(1, 90)[None]
     logits = []
     for folder in (tuned, again):
-        model = load(folder, sparsity=0.7)
-        handle_of(model).fit(89)
+        model = load(folder)
+        handle_of(model).use("gate", 0.7, context=89)
         with torch.no_grad():
             logits.append(model(ids).logits)
     # LoRA matrices are rounded to bfloat16.

@@ -42,6 +42,17 @@ def test_dense_scores_are_those_of_lm_eval(
     assert lm_ours.loglikelihood(requests) == lm.loglikelihood(requests)
 
 
+@pytest.mark.parametrize("policy", ["h2o", "sink"])
+def test_each_request_has_the_sparsity_asked_for(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, policy: str
+) -> None:
+    write_tasks(tmp_path, documents=4)
+    folder = tiny_folder("llama")
+    task = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
+    found = score(load(folder), load_tokenizer(folder), task, policy=policy, sparsity=0.6)
+    assert found["sparsity"] == pytest.approx(0.6, abs=0.03)
+
+
 def test_padding_does_not_count_in_the_sparsity(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -211,8 +211,7 @@ def test_soft_attention_hardens_to_the_threshold(family: str) -> None:
 @pytest.mark.parametrize("policy", ["gate", "h2o", "random", "window", "sink"])
 def test_a_sparsity_is_met_at_any_length(policy: str, length: int) -> None:
     model, handle = pruning_model("llama")
-    handle.use(policy, 0.8)
-    handle.fit(length)
+    handle.use(policy, 0.8, context=length)
     with handle.measure() as usage:
         logits_of(model, random_ids(2, length))
     assert usage.sparsity == pytest.approx(0.8, abs=0.01 if length > 50 else 0.04)

@@ -307,6 +307,18 @@ def test_unequal_prompts_are_written_as_alone(served: Any) -> None:
     assert 0 < together.kv_bytes < together.dense_kv_bytes
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"temperature": 1.0}], ids=str)
+def test_copies_of_a_prompt_have_its_rows(served: Any, options: dict[str, Any]) -> None:
+    """Beams and samples of unequal prompts; afterwards the model serves any other batch."""
+    model, tokenizer, handle = served
+    handle.use("knorm", 0.5)
+    prompts = ("It was a bright cold day in the harbour, and the old captain", "The letter")
+    config = GenerateConfig(prompts, max_new_tokens=30, num_return_sequences=3, **options)
+    done = generate(model, tokenizer, config)
+    assert len(done.texts) == 6 and done.sparsity > 0.5
+    logits_of(model, random_ids(4, 30))
+
+
 def test_stop_strings_end_a_text(served: Any) -> None:
     model, tokenizer, _ = served
     whole = generate(model, tokenizer, GenerateConfig(("The letter",), max_new_tokens=40)).texts[0]
