@@ -55,6 +55,9 @@ def tune(
         float | None,
         option("Weight in [0, 1] of distillation from the model itself, dense", TuneConfig.distill),
     ] = None,
+    ramp: Annotated[
+        float | None, option("Share of the steps over which sparsity rises", TuneConfig.ramp)
+    ] = None,
     lora_rank: Annotated[
         int | None, option("Rank of the LoRA matrices", TuneConfig.lora_rank)
     ] = None,
@@ -95,6 +98,7 @@ def tune(
             lr=lr,
             gate_lr=gate_lr,
             distill=distill,
+            ramp=ramp,
             lora_rank=lora_rank,
             alpha=alpha,
             max_tokens=max_tokens,
