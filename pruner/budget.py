@@ -17,13 +17,16 @@ from torch import Tensor
 from ctxprune.pruner.config import PERIOD
 from ctxprune.pruner.gate import window_of
 
+# The longest period of a budget: a block of as many queries is read at full speed.
+LONGEST = 64
+
 
 def cap_period(max_rows: int) -> int:
     """Tokens of a sequence between two times that a cap on rows is enforced, a divisor of `PERIOD`.
 
     So many rows below the cap are left free for the tokens in between: at most a sixteenth of it.
     """
-    return _power_of_two(max_rows / 16)
+    return _power_of_two(max_rows / 16, PERIOD)
 
 
 class Budget:
@@ -65,7 +68,7 @@ def _plan(
     sparsity: float, context: int, shares: tuple[float, ...], least: int
 ) -> tuple[int, tuple[int, ...]]:
     """The period, and the rows of each layer at a border."""
-    period = _power_of_two(window_of(sparsity, context) / 4)
+    period = _power_of_two(window_of(sparsity, context) / 4, LONGEST)
     earlier = torch.arange(context)
     border = earlier // period * period
     wanted = (1.0 - sparsity) * float(earlier.sum()) * len(shares)
@@ -90,9 +93,9 @@ def _plan(
     return period, tuple(rows(nearest).tolist())
 
 
-def _power_of_two(number: float) -> int:
-    """The largest one that is at most a number, in [1, PERIOD]."""
-    period = PERIOD
+def _power_of_two(number: float, most: int) -> int:
+    """The largest one that is at most a number, in [1, most]; `most` is one itself."""
+    period = most
     while period > 1 and period > number:
         period //= 2
     return period

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from ctxprune.pruner.errors import CtxpruneError, choose
 
-# Tokens of a sequence between two evictions by score (`policies.Policy.score`). More are cheaper to
-# read, since they make a block of queries; fewer follow a budget more closely.
+# Tokens of a sequence between two times that a cap on rows is enforced, at most. More are cheaper
+# to read, since they make a block of queries; fewer leave less room unused.
 PERIOD = 16
 TRAINABLE = ("gates", "lora", "full")
 

@@ -3,8 +3,8 @@
 The newest tokens are a window of observers: they stay, and of the older rows those stay which the
 observers attended to most, pooled over neighbouring tokens so that whole clauses survive. The
 paper does this once, at the end of the prompt, head by head, with an unpruned cache until then. It
-differs here in that it is done again at borders (its tokens are the observers), while the
-prompt is read and while text is written, and that the heads of a layer share their rows.
+differs here in that it is done again at borders (the tokens since the last one are the observers),
+while the prompt is read and while text is written, and that the heads of a layer share their rows.
 """
 
 from __future__ import annotations
