@@ -163,7 +163,7 @@ def evaluate(
     rows = []
     evicts_every = 0
     for level in levels:
-        handle.use(config.policy, level, max_rows=config.max_rows)
+        handle.use(config.policy, level, context=config.context, max_rows=config.max_rows)
         evicts_every = max(evicts_every, handle.evicts_every)
         row = measure(level, PERPLEXITY, partial(_perplexity, model, text, config, level))
         chosen = {"policy": config.policy, "sparsity": level, "max_rows": config.max_rows}

@@ -111,7 +111,7 @@ def _note(results: Results) -> str:
     contexts = sorted({result["context"] for result in results})
     tokens = sorted({level["tokens"] for result in results for level in result["levels"]})
     periods = {result["policy"]: result["evicts_every"] for result in results}
-    slow = [f"{policy} evicts every {n} tokens" for policy, n in periods.items() if n > 1]
+    slow = [f"{policy} evicts every {n} tokens at most" for policy, n in periods.items() if n > 1]
     return "; ".join(
         [
             f"Perplexity at context {', '.join(map(str, contexts))}, "

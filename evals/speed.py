@@ -473,11 +473,13 @@ def _whole(name: str, values: Any, least: int) -> tuple[int, ...]:
 
 
 def _evicts_every(handle: Handle, config: BenchConfig) -> int:
-    """Tokens between two evictions at the highest level, 0 without any."""
-    if config.forced:
-        return 1
-    handle.use(config.policy, max(config.sparsity), max_rows=config.max_rows)
-    every = handle.evicts_every
+    """Tokens between two evictions at most, 0 without any."""
+    # Forced survival evicts as `random` does, and needs no calibration either.
+    policy = "random" if config.forced else config.policy
+    every = 0
+    for level in config.sparsity:
+        handle.use(policy, level, context=max(config.context), max_rows=config.max_rows)
+        every = max(every, handle.evicts_every)
     handle.use(config.policy, 0.0, max_rows=0)
     return every
 

@@ -167,7 +167,7 @@ def _note(results: dict[str, Any]) -> str:
     parts.append(f"{results['dtype']} on {results['machine']}")
     parts.append(f"{results['threads']} thread{'s' * (results['threads'] != 1)}")
     if results["evicts_every"] > 1:
-        parts.append(f"evicts every {results['evicts_every']} tokens")
+        parts.append(f"evicts every {results['evicts_every']} tokens at most")
     parts.append(
         f"medians of {results['repeats']} bursts of {results['steps']} steps, and of "
         f"{results['prefills']} prefills"
