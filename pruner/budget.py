@@ -68,7 +68,10 @@ def _plan(
     sparsity: float, context: int, shares: tuple[float, ...], least: int
 ) -> tuple[int, tuple[int, ...]]:
     """The period, and the rows of each layer at a border."""
-    period = _power_of_two(window_of(sparsity, context) / 4, LONGEST)
+    window = window_of(sparsity, context)
+    # Between borders rows come and go by a period: no more than half of the smallest layer's.
+    smallest = window * min(shares) * len(shares) / sum(shares)
+    period = _power_of_two(min(window / 4, smallest / 2), LONGEST)
     earlier = torch.arange(context)
     border = earlier // period * period
     wanted = (1.0 - sparsity) * float(earlier.sum()) * len(shares)
