@@ -9,6 +9,16 @@ from ctxprune.pruner.engine import Usage
 from ctxprune.pruner.errors import CtxpruneError
 
 
+def refuse_dense(name: str, usage: Usage, sparsity: float) -> None:
+    """Raise CtxpruneError if a level asks for pruning and not one token was evicted."""
+    if sparsity > 0 and usage.evicted == 0:
+        raise CtxpruneError(
+            f"not one token was evicted on `{name}` at sparsity {sparsity:g}, so its score would "
+            "be the dense model's",
+            "its texts may be shorter than the protected tokens",
+        )
+
+
 def accuracy(name: str, hits: Sequence[bool], usage: Usage, sparsity: float) -> dict[str, float]:
     """`acc` with its `stderr`, and as lm-eval's tasks have them `sparsity`, `capped` and `n`.
 
@@ -21,12 +31,7 @@ def accuracy(name: str, hits: Sequence[bool], usage: Usage, sparsity: float) -> 
     Raises:
         CtxpruneError: if the level asks for pruning and not one token was evicted.
     """
-    if sparsity > 0 and usage.evicted == 0:
-        raise CtxpruneError(
-            f"not one token was evicted on `{name}` at sparsity {sparsity:g}, so its score would "
-            "be the dense model's",
-            "its texts may be shorter than the protected tokens",
-        )
+    refuse_dense(name, usage, sparsity)
     n = len(hits)
     acc = sum(hits) / n
     # The standard error of a mean of zeros and ones; from a single one it cannot be told.

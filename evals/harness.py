@@ -26,6 +26,7 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ctxprune.evals.accuracy import refuse_dense
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError, choose
 
@@ -217,12 +218,7 @@ def score(
             fewshot_random_seed=seed,
         )
     name = task.task_name
-    if sparsity > 0 and usage.evicted == 0:
-        raise CtxpruneError(
-            f"not one token was evicted on `{name}` at sparsity {sparsity:g}, so its score would "
-            "be the dense model's",
-            "its texts may be shorter than the protected tokens",
-        )
+    refuse_dense(name, usage, sparsity)
     metrics = _metrics(output["results"][name], output["samples"][name])
     return {
         **metrics,

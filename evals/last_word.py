@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.accuracy import accuracy
+from ctxprune.pruner.data import encode
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 
@@ -67,8 +68,8 @@ def passages(
     """
     found = []
     for before, word in _cut(texts, random.Random(seed)):
-        context = _encode(tokenizer, before)
-        ids = _encode(tokenizer, f"{before} {word}")
+        context = encode(tokenizer, before)
+        ids = encode(tokenizer, f"{before} {word}")
         if longest is None or len(ids) <= longest:
             found.append(Passage(tuple(ids), len(ids) - len(context)))
         if len(found) == (limit or LIMIT):
@@ -104,11 +105,6 @@ def _cut(texts: Sequence[str], draw: random.Random) -> Iterator[tuple[str, str]]
             before = longer
         if len(before.split()) >= LEAST_WORDS - 1 and re.search(rf"\b{word}\b", before):
             yield before, word
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def score(

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.accuracy import accuracy
+from ctxprune.pruner.data import encode
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 
@@ -77,7 +78,7 @@ def prompts(
     Raises:
         CtxpruneError: no length can be served, or too few values are a single token.
     """
-    documents = [_encode(tokenizer, text) for text in texts]
+    documents = [encode(tokenizer, text) for text in texts]
     most = max(map(len, documents))
     served = [n for n in lengths if n <= most and (longest is None or n <= longest)]
     if not served:
@@ -110,8 +111,8 @@ def _prompt(
     name = draw.choice(NAMES)
     choices = draw.sample(sorted(tokens), CHOICES)
     value = draw.choice(choices)
-    fact = _encode(tokenizer, f"{_question(name)} {value}.\n\n")
-    question = _encode(tokenizer, _question(name))
+    fact = encode(tokenizer, f"{_question(name)} {value}.\n\n")
+    question = encode(tokenizer, _question(name))
     starts = [max(len(document) - length + 1, 0) for document in documents]
     document, count = draw.choices(list(zip(documents, starts, strict=True)), starts)[0]
     start = draw.randrange(count)
@@ -131,10 +132,10 @@ def _single_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     Raises:
         CtxpruneError: fewer than a prompt has candidates.
     """
-    question = _encode(tokenizer, _question(NAMES[0]))
+    question = encode(tokenizer, _question(NAMES[0]))
     found = {}
     for value in VALUES:
-        *before, last = _encode(tokenizer, f"{_question(NAMES[0])} {value}")
+        *before, last = encode(tokenizer, f"{_question(NAMES[0])} {value}")
         if before == question:
             found[value] = last
     if len(found) < CHOICES:
@@ -144,11 +145,6 @@ def _single_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
             "use a model with a larger vocabulary of English words",
         )
     return found
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def score(

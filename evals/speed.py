@@ -278,7 +278,7 @@ class Comparison:
         for lane in readers:
             lane.facts |= {
                 "prefill_tokens_per_s": self.ids.numel() / median(lane.read_s),
-                "prefill_s": _spread(lane.read_s),
+                "prefill_s": spread(lane.read_s),
                 "ttft_s": median(lane.first_s),
             }
         # The first burst warms up.
@@ -430,7 +430,7 @@ class Comparison:
                 "context": self.context,
                 "sparsity": lane.sparsity,
                 "decode_tokens_per_s": pace[lane],
-                "step_ms": _spread([seconds * 1e3 for seconds in lane.step_s]),
+                "step_ms": spread([seconds * 1e3 for seconds in lane.step_s]),
                 "speedup": pace[lane] / max(dense) if dense else None,
                 "of_oracle": pace[lane] / limits[lane] if lane in limits else None,
                 **lane.facts,
@@ -459,7 +459,8 @@ def _random_rows(like: Tensor, rows: int) -> Tensor:
     return torch.randn(*like.shape[:2], rows, like.shape[3], dtype=like.dtype, device=like.device)
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ctxprune.evals.memory import machine, peak_of
 from ctxprune.evals.provenance import provenance
+from ctxprune.evals.speed import spread
 from ctxprune.evals.subject import check_positions, from_folder, prompts
 from ctxprune.pruner.config import FromMapping, TuneConfig, check_at_least
 from ctxprune.pruner.data import read_texts, windows
@@ -47,12 +48,11 @@ class TrainingCostConfig(FromMapping):
         object.__setattr__(self, "context", tuple(int(n) for n in self.context))
         for name in ("batch", "repeats"):
             check_at_least(name, getattr(self, name), 1)
-        self.tuning(0.8)
+        self.tuning()
 
-    def tuning(self, sparsity: float, distill: float = 0.0) -> TuneConfig:
+    def tuning(self, distill: float = 0.0) -> TuneConfig:
         """The run that a step is taken from."""
         return TuneConfig(
-            sparsity=sparsity,
             distill=distill,
             train=self.train,
             bf16=self.bf16,
@@ -75,11 +75,13 @@ def training_cost(
     subject = from_folder(folder, dtype="float32", device="cpu")
     handle = handle_of(subject.model)
     check_positions(subject.model, max(config.context), 0)
-    model, _ = trainable(subject.model, handle, config.tuning(0.8))
+    model, _ = trainable(subject.model, handle, config.tuning())
+    plain = Trainee(model, handle, config.tuning())
+    distilled = Trainee(model, handle, config.tuning(distill=0.5))
     lanes: dict[str, tuple[nn.Module, float]] = {
-        DENSE: (Trainee(model, handle, config.tuning(0.8)), 0.0),
-        GATED: (Trainee(model, handle, config.tuning(0.8)), 0.8),
-        DISTILLED: (Trainee(model, handle, config.tuning(0.8, 0.5)), 0.8),
+        DENSE: (plain, 0.0),
+        GATED: (plain, 0.8),
+        DISTILLED: (distilled, 0.8),
     }
     texts = read_texts(config.text, "eval")
     rows = []
@@ -101,7 +103,7 @@ def training_cost(
             {
                 "mode": mode,
                 "context": context,
-                "step_s": {"median": median(times), "min": min(times), "max": max(times)},
+                "step_s": spread(times),
                 "ratio": median(times) / dense,
                 "peak_bytes": peaks[mode],
             }

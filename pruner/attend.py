@@ -108,11 +108,12 @@ def attend(
             _count(reading.tally, now, visible)
         with _span("attention"):
             outputs.append(_attention(table, policy, layer, query[:, :, part], now, visible, scale))
-        waiting.append(now)
-        if border:
-            with _span("policy"):
-                policy.digest(layer, table, _joined(waiting))
-                waiting.clear()
+        if policy.digests:
+            waiting.append(now)
+            if border:
+                with _span("policy"):
+                    policy.digest(layer, table, _joined(waiting))
+                    waiting.clear()
         with _span("eviction"):
             if border:
                 alive = _limit(table, policy, layer, now, alive, reading)

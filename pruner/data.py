@@ -91,8 +91,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for text in texts:
-        encoded = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids.extend(encoded + end)
+        ids.extend(encode(tokenizer, text) + end)
     count = len(ids) // length
     if count == 0:
         raise CtxpruneError(
@@ -100,3 +99,9 @@ def windows(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -
             "give more text, or a smaller `--context`",
         )
     return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a piece of text, without special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids

@@ -372,3 +372,18 @@ def test_a_saved_model_prunes_as_before(
         assert max(int(table.rows().max()) for table in cache.tables()) <= 64
     assert torch.equal(*logits)
     assert not torch.equal(logits[0], logits_of(load(folder, sparsity=0.0, max_rows=0), ids))
+
+
+@every_policy
+def test_no_more_blocks_wait_than_a_period_has(policy: str) -> None:
+    """What was read and digested, or never will be, is not kept."""
+    model, handle = pruning_model("llama")
+    handle.use(policy, 0.7, context=LENGTH)
+    cache = handle.cache()
+    assert isinstance(cache, PrunedCache)
+    ids = random_ids(1, 100)
+    with torch.no_grad():
+        for at in range(100):
+            model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+            waiting = [len(cache.layer(layer).waiting) for layer in range(3)]
+            assert max(waiting) < max(handle.evicts_every, 1)

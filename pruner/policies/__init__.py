@@ -79,11 +79,13 @@ class Policy:
     Attributes:
         columns: the notes that each row of the table has to carry.
         needs_weights: `observe` wants the attention weights, which are then computed apart.
+        digests: blocks wait until the next border, and are given to `digest`.
         budget: rows that a sequence may hold, or None: `keep` decides alone.
     """
 
     columns: tuple[str, ...] = ()
     needs_weights = False
+    digests = False
     budget: Budget | None = None
 
     def annotate(self, layer: int, hidden: Tensor) -> dict[str, Tensor]:

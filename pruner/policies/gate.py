@@ -32,6 +32,7 @@ class GatePolicy(Policy):
     """
 
     columns = ("interaction_key", "margin")
+    digests = True
 
     def __init__(self, gates: Sequence[Gate], config: PruneConfig, budget: Budget | None) -> None:
         self.gates = gates
