@@ -40,6 +40,7 @@ from ctxprune.pruner.objective import (
     hardening,
     learning_rate_factor,
     lm_loss,
+    sample_length,
     sample_level,
     sparsity_penalty,
 )
@@ -229,7 +230,9 @@ def _step(
         # N processes do in a step what one does that accumulates N times as often.
         place = index * accelerator.num_processes + accelerator.process_index
         ids = _batch(windows, step, place, config, accelerator.num_processes)
-        level = sample_level(step, place, config)
+        length = sample_length(step, place, config)
+        level = sample_level(step, place, length, config)
+        ids = ids[:, : ids.shape[1] // length * length].reshape(-1, length)
         with accelerator.accumulate(trainee):
             loss, seen = trainee(ids.to(accelerator.device), level, sharpness, alpha)
             accelerator.backward(loss)
