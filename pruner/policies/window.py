@@ -36,12 +36,15 @@ class WindowPolicy(Policy):
 
 def _width(sparsity: float, context: int, sinks: int) -> int:
     """Width at which window and sinks together drop the share `sparsity` of the pairs."""
-    kept = (1.0 - sparsity) * context * (context - 1) / 2.0
+    pairs = context * (context - 1) / 2.0
+    if pairs == 0.0:
+        return 1
+    kept = (1.0 - sparsity) * pairs
     width = window_of(sparsity, context)
     # A sink older than the window is one pair more for each later query.
     for _ in range(20):
         beyond = sum(max(context - 1 - width - j, 0.0) for j in range(sinks))
-        share = max(1.0 - (kept - beyond) / (context * (context - 1) / 2.0), 0.0)
+        share = max(1.0 - (kept - beyond) / pairs, 0.0)
         width = window_of(min(share, 1.0), context)
     return max(1, math.floor(width + 0.5))
 
