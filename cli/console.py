@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from ctxprune.pruner.errors import CtxpruneError
 
@@ -41,6 +43,50 @@ def stream(text: str) -> None:
     """A piece of generated text on stdout, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+# Share of the layers that hold a token, at least, and how it looks.
+SHADES = ((0.5, "bold green"), (0.25, "green"), (1e-9, "yellow"), (0.0, "bright_black strike"))
+
+
+def shaded(pieces: Sequence[str], shares: Sequence[float]) -> Text:
+    """A text whose tokens look as much remembered as they are.
+
+    Args:
+        pieces: the tokens' texts. shares: of the layers that hold each, in [0, 1].
+    """
+    text = Text()
+    for piece, share in zip(pieces, shares, strict=True):
+        # Escapes of a terminal in the text are not for the terminal.
+        plain = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
+        text.append(plain, next(style for least, style in SHADES if share >= least))
+    return text
+
+
+def legend() -> Text:
+    """What the shades of `shaded` mean."""
+    text = Text("in memory: ")
+    names = ("in half of the layers", "in a quarter", "in some", "forgotten")
+    for (_, style), name in zip(SHADES, names, strict=True):
+        text.append(name, style).append("  ")
+    return text
+
+
+@contextmanager
+def live_memory() -> Iterator[Callable[[list[str], list[float]], None]]:
+    """A callback that shows the end of a growing text, shaded, and leaves all of it at the end."""
+    last = Text()
+    with Live(console=out, transient=True, refresh_per_second=8) as live:
+
+        def show(pieces: list[str], shares: list[float]) -> None:
+            nonlocal last
+            last = shaded(pieces, shares)
+            lines = last.wrap(out, out.width)
+            live.update(Text("\n").join(lines[-max(out.height - 2, 1) :]))
+
+        yield show
+    out.print(last)
+    out.print(legend())
 
 
 def check_writable(path: Path) -> None:

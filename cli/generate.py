@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import data, say, stream
+from ctxprune.cli.console import data, live_memory, say, stream
 from ctxprune.cli.options import Dtype, MaxRows, Model, Policy, Seed, given, option
 from ctxprune.cli.workspace import current
 from ctxprune.pruner.config import GenerateConfig
+from ctxprune.pruner.errors import CtxpruneError
 
 EXAMPLES = """
 Examples:
@@ -24,6 +25,8 @@ Examples:
   ctxprune generate --num-beams 4 --stop "." "The captain" "A letter from my sister"
 
   ctxprune generate --max-rows 256 - < long-prompt.txt
+
+  ctxprune generate --show "Once upon a time"
 """
 
 
@@ -56,6 +59,9 @@ def generate(
     ] = None,
     dtype: Dtype = None,
     seed: Seed = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Colour what is in memory and what is forgotten.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the figures.")] = False,
 ) -> None:
     """Continue texts; a single one streams. What the cache holds is reported on stderr."""
@@ -75,14 +81,21 @@ def generate(
         seed=seed,
     )
     config = GenerateConfig.from_mapping(options, "the options")
-    write(current(model), config, as_json=as_json)
+    write(current(model), config, show=show, as_json=as_json)
 
 
-def write(folder: Path, config: GenerateConfig, *, as_json: bool = False) -> None:
+def write(
+    folder: Path, config: GenerateConfig, *, show: bool = False, as_json: bool = False
+) -> None:
     """Write texts to stdout, and say on stderr what the cache holds after it."""
     from ctxprune.pruner.checkpoint import load, load_tokenizer
     from ctxprune.pruner.generation import generate as run
 
+    single = len(config.prompt) == config.num_beams == config.num_return_sequences == 1
+    if show and (as_json or not single):
+        raise CtxpruneError(
+            "--show colours one text as it is written", "give one prompt, without --json or beams"
+        )
     model = load(
         folder,
         sparsity=config.sparsity,
@@ -90,9 +103,13 @@ def write(folder: Path, config: GenerateConfig, *, as_json: bool = False) -> Non
         max_rows=config.max_rows,
         dtype=config.dtype,
     )
-    single = len(config.prompt) == config.num_beams == config.num_return_sequences == 1
+    tokenizer = load_tokenizer(folder)
     streams = single and not as_json
-    done = run(model, load_tokenizer(folder), config, stream if streams else None)
+    if show:
+        with live_memory() as on_memory:
+            done = run(model, tokenizer, config, on_memory=on_memory)
+    else:
+        done = run(model, tokenizer, config, stream if streams else None)
     if as_json:
         data(dataclasses.asdict(done))
     elif not streams:
@@ -103,6 +120,7 @@ def write(folder: Path, config: GenerateConfig, *, as_json: bool = False) -> Non
         return
     capped = f", at the cap {done.capped:.0%} of the time" if done.capped else ""
     say(
-        f"{done.sparsity:.1%} of the tokens forgotten, cache {done.kv_bytes / 1e6:.2f} MB of "
-        f"{done.dense_kv_bytes / 1e6:.2f} MB dense{capped}, {pace}"
+        f"{done.sparsity:.1%} of the tokens forgotten, {done.rows:.0f} rows a layer, "
+        f"cache {done.kv_bytes / 1e6:.2f} MB of {done.dense_kv_bytes / 1e6:.2f} MB dense"
+        f"{capped}, {pace}"
     )

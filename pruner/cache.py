@@ -176,9 +176,16 @@ class PrunedCache(Cache):
         """Share of the tokens seen that are gone, over layers and sequences."""
         if self.tokens is None:
             return 0.0
+        seen = int(self.tokens.sum())
+        return 1.0 - self.rows * len(self.tokens) / seen if seen else 0.0
+
+    @property
+    def rows(self) -> float:
+        """Rows that a layer holds of a sequence, on average."""
+        if self.tokens is None:
+            return 0.0
         held = sum(int(table.rows().sum()) for table in self.tables())
-        seen = int(self.tokens.sum()) * len(self.layers)
-        return 1.0 - held / seen if seen else 0.0
+        return held / (len(self.layers) * len(self.tokens))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Rows and counts follow their beam."""

@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
+from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.config import GenerateConfig
+from ctxprune.pruner.dense import DenseCache
 from ctxprune.pruner.engine import handle_of
+
+OnMemory = Callable[[list[str], list[float]], None]
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class Generation:
         texts: prompt and continuation, `num_return_sequences` for each prompt in turn.
         tokens_per_s: new tokens of all returned texts a second, prefill included.
         sparsity: share of the tokens seen that are gone from the cache at the end; 0 if dense.
+        rows: that a layer holds of a text at the end, on average; 0 if dense.
         kv_bytes: of the cache at the end; dense_kv_bytes: of a dense one. 0 if dense.
         capped: share of the times that the cap on rows was asked at which it made some leave.
     """
@@ -29,6 +36,7 @@ class Generation:
     texts: list[str]
     tokens_per_s: float
     sparsity: float
+    rows: float
     kv_bytes: int
     dense_kv_bytes: int
     capped: float
@@ -39,12 +47,15 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     config: GenerateConfig,
     on_text: Callable[[str], None] | None = None,
+    on_memory: OnMemory | None = None,
 ) -> Generation:
     """Continue the prompts, at the policy and level that the model's handle is set to.
 
     Args:
         model: from `load`. tokenizer: its own. config: what to write.
         on_text: receives the text as it is written; one prompt, one text, no beams.
+        on_memory: receives, after every token of such a text, the pieces that the tokens stand for
+            and the share of the layers that the next query will find each of them in.
     """
     torch.manual_seed(config.seed)
     tokenizer.padding_side = "left"
@@ -76,16 +87,21 @@ def generate(
     began = time.monotonic()
     contexts = [length for length in lengths for _ in range(copies)]
     with handle.fitted(contexts), handle.measure() as usage:
+        if on_memory is not None:
+            cache = handle.cache(record=True)
+            options["past_key_values"] = cache
+            options["streamer"] = _Memory(tokenizer, cache, on_memory)
         ids = write(**batch.to(model.device), **options)
     seconds = time.monotonic() - began
     new = ids.shape[0] * (ids.shape[1] - batch["input_ids"].shape[1])
-    cache = handle.last_cache
+    held = handle.last_cache
     return Generation(
         tokenizer.batch_decode(ids, skip_special_tokens=True),
         new / seconds,
-        0.0 if cache is None else cache.sparsity,
-        0 if cache is None else cache.nbytes,
-        0 if cache is None else cache.dense_nbytes,
+        0.0 if held is None else held.sparsity,
+        0.0 if held is None else held.rows,
+        0 if held is None else held.nbytes,
+        0 if held is None else held.dense_nbytes,
         usage.capped,
     )
 
@@ -100,3 +116,50 @@ class _Streamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Receive words as soon as they are sure."""
         self._on_text(text + "\n" * stream_end)
+
+
+class _Memory(BaseStreamer):
+    """Tells what is in memory after every token."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: PrunedCache | DenseCache,
+        on_memory: OnMemory,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._cache = cache
+        self._on_memory = on_memory
+        self._ids: list[int] = []
+        self._pieces: list[str] = []
+        self._whole = 0  # tokens up to the last one that ends a character
+
+    def put(self, value: Tensor) -> None:
+        """Receive the prompt, then token by token."""
+        for token in value.flatten().tolist():
+            self._ids.append(token)
+            before = self._decode(self._ids[max(self._whole - 1, 0) : self._whole])
+            text = self._decode(self._ids[max(self._whole - 1, 0) :])[len(before) :]
+            if text.endswith("\ufffd") and len(self._ids) - self._whole < 4:
+                self._pieces.append("")
+            else:
+                self._pieces.append(text)
+                self._whole = len(self._ids)
+        self._on_memory(self._pieces, self._shares())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _shares(self) -> list[float]:
+        """Of all tokens; the newest has not been read yet, so it counts as held."""
+        expires = getattr(self._cache, "expires", None)
+        if not expires:
+            return [1.0] * len(self._ids)
+        held = (torch.cat(expires) > expires[0].shape[1]).double().mean(dim=0).tolist()
+        return held + [1.0] * (len(self._ids) - len(held))

@@ -336,6 +336,31 @@ def test_text_streams_as_it_is_written(served: Any) -> None:
     assert len(pieces) > 3 and "".join(pieces).strip() == done.texts[0].strip()
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_memory_is_told_token_by_token(served: Any, sparsity: float) -> None:
+    """The share of the layers that a token is in is what the tables hold at that moment."""
+    model, tokenizer, handle = served
+    handle.use("knorm", sparsity)
+    told: list[tuple[list[str], list[float]]] = []
+
+    def note(pieces: list[str], shares: list[float]) -> None:
+        told.append((list(pieces), shares))
+        if handle.last_cache is not None and handle.last_cache.tokens is not None:
+            held = torch.zeros(len(shares))
+            for table in handle.last_cache.tables():
+                held[table.held[table.held >= 0]] += 1 / 3
+            held[int(handle.last_cache.tokens) :] = 1.0  # the newest token is still to be read
+            torch.testing.assert_close(torch.tensor(shares), held)
+
+    config = GenerateConfig(("The old captain \U0001f600",), max_new_tokens=30)
+    done = generate(model, tokenizer, config, on_memory=note)
+    assert len(told) == 1 + 30 and "".join(told[0][0]) == config.prompt[0]
+    # Random bytes may end within a character.
+    assert done.texts[0].rstrip("\ufffd") == "".join(told[-1][0]).rstrip("\ufffd")
+    assert (min(told[-1][1]) < 1.0) == (sparsity > 0)
+    assert done.rows == 0.0 if sparsity == 0 else 1 < done.rows < len(told[-1][0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
