@@ -71,10 +71,6 @@ def tune(
     dense_share: Annotated[
         float | None, option("Share of the text read with the gates off", TuneConfig.dense_share)
     ] = None,
-    short_share: Annotated[
-        float | None,
-        option("Share of the text cut into pieces of 64 tokens and up", TuneConfig.short_share),
-    ] = None,
     save_every: Annotated[
         int | None, option("Steps between resumable checkpoints", TuneConfig.save_every)
     ] = None,
@@ -108,7 +104,6 @@ def tune(
             max_tokens=max_tokens,
             max_minutes=max_minutes,
             dense_share=dense_share,
-            short_share=short_share,
             save_every=save_every,
             bf16=bf16,
             checkpointing=checkpointing,

@@ -137,7 +137,6 @@ class TuneConfig(FromMapping):
         distill: weight in [0, 1] of the divergence from the same model with its gates off,
             against the LM loss.
         dense_share: share of the micro-batches that are read with the gates off.
-        short_share: share of the micro-batches that are cut into shorter texts.
         lora_rank: rank of the LoRA matrices.
         seed: of the data order, the sampled levels and dropout.
         max_tokens: of training text; fewer steps than `steps` then make the whole schedule.
@@ -163,7 +162,6 @@ class TuneConfig(FromMapping):
     alpha: float = 1.0
     distill: float = 0.0
     dense_share: float = 0.5
-    short_share: float = 0.0
     lora_rank: int = 16
     seed: int = 0
     max_tokens: int | None = None
@@ -190,7 +188,7 @@ class TuneConfig(FromMapping):
             check_at_least(name, getattr(self, name), 1.0)
         for name in ("lr", "gate_lr", "penalty", "warmup", "ramp"):
             check_at_least(name, getattr(self, name), 0.0)
-        for name in ("distill", "dense_share", "short_share"):
+        for name in ("distill", "dense_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise CtxpruneError(f"{name} is a share in [0, 1], not {getattr(self, name):g}")
 

@@ -14,9 +14,6 @@ from torch.nn import functional as F
 from ctxprune.pruner.config import TuneConfig
 from ctxprune.pruner.gate import sparsity_of
 
-# The shortest texts that a window is cut into.
-SHORTEST = 64
-
 
 def lm_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """Mean cross-entropy in nats of every token but the first; logits (b, n, vocab), ids (b, n)."""
@@ -59,25 +56,12 @@ def hardening(step: int, config: TuneConfig) -> tuple[float, float]:
     return 1.0 + share * (config.sharpness - 1.0), 1.0 + share * (config.alpha - 1.0)
 
 
-def sample_length(step: int, index: int, config: TuneConfig) -> int:
-    """Tokens a text of micro-batch `index` of a step: the context, or its half, fourth ...
-
-    A `short_share` of the micro-batches is cut into texts of an equal length down to SHORTEST, so
-    that a model learns what to keep of a short request too, where few rows are left.
-    """
-    halvings = (config.context // SHORTEST).bit_length() - 1
-    draw = random.Random(f"length/{config.seed}/{step}/{index}")
-    if halvings < 1 or draw.random() >= config.short_share:
-        return config.context
-    return config.context >> draw.randint(1, halvings)
-
-
-def sample_level(step: int, index: int, length: int, config: TuneConfig) -> float:
-    """The level that micro-batch `index` of a step, of texts that long, is trained at; 0 is dense.
+def sample_level(step: int, index: int, config: TuneConfig) -> float:
+    """The level that micro-batch `index` of a step is trained at; 0 is dense.
 
     A `dense_share` is dense, so that the dense end of the dial stays the best one (gates alone
     learn nothing there); half of the others are the level asked for, half have a window drawn
-    evenly by its logarithm between 1/128 and 1/2 of the length. All are scaled down during the
+    evenly by its logarithm between 1/128 and 1/2 of the context. All are scaled down during the
     ramp. It is a function of the seed and the step alone, so that a resumed run draws the same.
     """
     if config.sparsity == 0.0:
@@ -87,6 +71,6 @@ def sample_level(step: int, index: int, length: int, config: TuneConfig) -> floa
         return 0.0
     level = config.sparsity
     if draw.random() < 0.5:
-        widest, narrowest = math.log(length / 2), math.log(max(length / 128, 4))
-        level = sparsity_of(math.exp(draw.uniform(narrowest, widest)), length)
+        widest, narrowest = math.log(config.context / 2), math.log(max(config.context / 128, 4))
+        level = sparsity_of(math.exp(draw.uniform(narrowest, widest)), config.context)
     return level * progress(step + 1, 0, config.ramp * config.steps)

@@ -40,7 +40,6 @@ from ctxprune.pruner.objective import (
     hardening,
     learning_rate_factor,
     lm_loss,
-    sample_length,
     sample_level,
     sparsity_penalty,
 )
@@ -230,9 +229,7 @@ def _step(
         # N processes do in a step what one does that accumulates N times as often.
         place = index * accelerator.num_processes + accelerator.process_index
         ids = _batch(windows, step, place, config, accelerator.num_processes)
-        length = sample_length(step, place, config)
-        level = sample_level(step, place, length, config)
-        ids = ids[:, : ids.shape[1] // length * length].reshape(-1, length)
+        level = sample_level(step, place, config)
         with accelerator.accumulate(trainee):
             loss, seen = trainee(ids.to(accelerator.device), level, sharpness, alpha)
             accelerator.backward(loss)

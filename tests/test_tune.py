@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,13 +25,8 @@ from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.gate import sparsity_of
 from ctxprune.pruner.metrics import BOARD, METRICS
-from ctxprune.pruner.objective import (
-    hardening,
-    learning_rate_factor,
-    sample_length,
-    sample_level,
-)
-from ctxprune.pruner.tune import STATE, Trainee, tune
+from ctxprune.pruner.objective import hardening, learning_rate_factor, sample_level
+from ctxprune.pruner.tune import STATE, tune
 
 Make = Callable[[str], Path]
 
@@ -256,37 +250,15 @@ def test_schedules() -> None:
     rates = [learning_rate_factor(step, config) for step in range(100)]
     assert rates[0] < 0.2 and max(rates) <= 1.0 and rates[-1] < 0.11
     assert hardening(0, config) == (1.0, 1.0) and hardening(99, config) == (4.0, 2.0)
-    levels = [sample_level(step, 0, config.context, config) for step in range(400)]
-    assert levels == [sample_level(step, 0, config.context, config) for step in range(400)]
+    levels = [sample_level(step, 0, config) for step in range(400)]
+    assert levels == [sample_level(step, 0, config) for step in range(400)]
     assert levels[0] <= 0.1 and max(levels) <= sparsity_of(4, 128)
     assert 0.4 < sum(level == 0 for level in levels) / 400 < 0.6
     assert 0.15 < sum(level == config.sparsity for level in levels) / 400 < 0.35
     control = dataclasses.replace(config, sparsity=0.0)
-    assert not any(sample_level(step, 0, control.context, control) for step in range(400))
-    assert {sample_length(step, 0, config) for step in range(400)} == {config.context}
-    cut = dataclasses.replace(config, context=300, short_share=0.5)
-    lengths = [sample_length(step, 0, cut) for step in range(400)]
-    assert set(lengths) == {300, 150, 75}  # halves down to 64 tokens
-    assert 0.4 < sum(length < 300 for length in lengths) / 400 < 0.6
+    assert not any(sample_level(step, 0, control) for step in range(400))
     gates = dataclasses.replace(config, train="gates")
-    assert all(sample_level(step, 0, gates.context, gates) > 0 for step in range(400))
-
-
-def test_windows_are_cut_into_short_texts(
-    tiny_folder: Make, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A window of 130 tokens is read as two texts of 65, or as one."""
-    seen: list[torch.Size] = []
-    forward = Trainee.forward
-
-    def watched(trainee: Trainee, ids: torch.Tensor, *args: Any) -> Any:
-        seen.append(ids.shape)
-        return forward(trainee, ids, *args)
-
-    monkeypatch.setattr(Trainee, "forward", watched)
-    config = run_config(text_file, context=130, batch_size=1, steps=12, short_share=0.5)
-    tune(tiny_folder("llama"), tmp_path / "out", config)
-    assert set(seen) == {torch.Size([1, 130]), torch.Size([2, 65])}
+    assert all(sample_level(step, 0, gates) > 0 for step in range(400))
 
 
 @pytest.mark.parametrize(
