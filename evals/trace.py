@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.policies import Block, Policy
@@ -155,7 +156,7 @@ def trace(
     handle.use(watched, sparsity, max_rows=0)
     cache = handle.cache(record=True)
     model(torch.tensor([list(ids)], device=model.device), past_key_values=cache, logits_to_keep=1)
-    assert cache.expires is not None
+    assert isinstance(cache, PrunedCache) and cache.expires is not None
     expires = torch.cat(cache.expires).cpu().clamp_max(len(ids))
     dropper = watched.dropper.cpu()
     if not watched.digests:
@@ -224,3 +225,19 @@ class _Watched(Policy):
     def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
         """As the policy does."""
         return self._policy.score(layer, table, newest, limit)
+
+
+def overlap(one: Trace, other: Trace) -> float:
+    """How alike two memories of a text are: pairs of query and token in both, over those in either.
+
+    1 if both see the same; the pairs (j < k) are counted over all layers.
+
+    Raises:
+        CtxpruneError: they have not the same tokens and layers.
+    """
+    if one.expires.shape != other.expires.shape:
+        raise CtxpruneError("two traces can only be compared on the same tokens and layers")
+    start = torch.arange(one.tokens) + 1
+    both = torch.minimum(one.expires, other.expires) - start
+    either = torch.maximum(one.expires, other.expires) - start
+    return int(both.sum()) / int(either.sum()) if int(either.sum()) else 1.0

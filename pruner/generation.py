@@ -151,15 +151,17 @@ class _Memory(BaseStreamer):
         """Nothing is held back."""
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        return str(
+            self._tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
         )
-        return text
 
     def _shares(self) -> list[float]:
         """Of all tokens; the newest has not been read yet, so it counts as held."""
         expires = getattr(self._cache, "expires", None)
         if not expires:
             return [1.0] * len(self._ids)
-        held = (torch.cat(expires) > expires[0].shape[1]).double().mean(dim=0).tolist()
+        seen = expires[0].shape[1]
+        held: list[float] = (torch.cat(expires) > seen).double().mean(dim=0).tolist()
         return held + [1.0] * (len(self._ids) - len(held))

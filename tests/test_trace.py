@@ -9,7 +9,7 @@ import torch
 from conftest import TEXT
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxprune.evals.trace import Trace, pieces_of, trace
+from ctxprune.evals.trace import Trace, overlap, pieces_of, trace
 from ctxprune.pruner import policies
 from ctxprune.pruner.checkpoint import load, load_tokenizer
 from ctxprune.pruner.config import PruneConfig
@@ -191,3 +191,17 @@ def test_saved_and_loaded(
     (tmp_path / "other").write_text("{}")
     with pytest.raises(CtxpruneError, match="no trace"):
         Trace.load(tmp_path / "other")
+
+
+def test_overlap_is_the_pairs_in_both_over_those_in_either(
+    model: PreTrainedModel, read: tuple[list[int], tuple[str, ...]]
+) -> None:
+    one, other = (trace(model, *read, policy, SPARSITY) for policy in ("gate", "window"))
+    both = either = 0
+    for query in range(one.tokens):
+        here, there = one.visible(query)[:, :query], other.visible(query)[:, :query]
+        both += int((here & there).sum())
+        either += int((here | there).sum())
+    assert overlap(one, other) == both / either < 1.0 == overlap(one, one)
+    with pytest.raises(CtxpruneError, match="same tokens"):
+        overlap(one, trace(model, read[0][:9], read[1][:9], "window", SPARSITY))

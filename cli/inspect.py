@@ -1,0 +1,125 @@
+"""`ctxprune inspect`: what a model keeps of a text, what it drops, when and for whom."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctxprune.cli.console import check_writable, legend, say, shaded, write_text
+from ctxprune.cli.console import out as stdout
+from ctxprune.cli.options import Dtype, Model, Policy, Seed, given
+from ctxprune.cli.workspace import current
+from ctxprune.pruner.errors import CtxpruneError
+
+EXAMPLES = """
+Examples:
+
+  ctxprune inspect --text letter.txt --out report.html
+
+  ctxprune inspect --compare gate:0.8 --compare sink:0.8 --tokens 2000 --out report.html
+
+  ctxprune inspect --compare gate:0.8@./before --compare gate:0.8@./after --png figures
+
+  cat prompt.txt | ctxprune inspect --text - --sparsity 0.9 --terminal
+"""
+
+# No tokenizer makes fewer tokens of an ordinary text than one in so many characters.
+CHARACTERS = 32
+
+
+def inspect(
+    model: Model = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="File to read, - for stdin, or a datasets name; default: a sample."),
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Level in [0, 1); default: the tuned one.")
+    ] = None,
+    policy: Policy = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="POLICY:SPARSITY, or POLICY:SPARSITY@MODEL; repeat it for views side by side."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the text, at most; default: 1000.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the page here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write its data here.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw figures into this folder.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the traces into this folder, as safetensors.")
+    ] = None,
+    terminal: Annotated[
+        bool,
+        typer.Option("--terminal", help="Print the coloured text; so it is if no file is asked."),
+    ] = False,
+    dtype: Dtype = None,
+    seed: Seed = None,
+) -> None:
+    """Show what a model still remembers of a text, token by token and layer by layer."""
+    if compare and (policy is not None or sparsity is not None):
+        raise CtxpruneError(
+            "--compare already says the policies and levels", "leave out --policy and --sparsity"
+        )
+    for path in (out, json_file):
+        if path is not None:
+            check_writable(path)
+    from ctxprune.evals.inspection import InspectConfig, Subject, page_data, rich_kinds
+    from ctxprune.evals.inspection import inspect as run
+    from ctxprune.evals.kinds import missing
+
+    subjects = [Subject.parse(each) for each in compare or ()]
+    config = InspectConfig(
+        subjects=tuple(subjects) or (Subject(policy or "gate", sparsity),),
+        **given(tokens=tokens, dtype=dtype, seed=seed),
+    )
+    folder = current(model)
+    views = run(folder, _read(text, config.tokens), config, on_event=say)
+    note = missing()
+    if note is not None:
+        say(note)
+    data = page_data(views, f"What {views[0].trace.model} remembers")
+    if out is not None:
+        from ctxprune.evals.page import render
+
+        write_text(out, render(data))
+        say(f"wrote {out}")
+    if json_file is not None:
+        write_text(json_file, json.dumps(data) + "\n")
+        say(f"wrote {json_file}")
+    if png is not None:
+        from ctxprune.evals.figures import draw
+
+        say(f"wrote {', '.join(map(str, draw(views, png)))}")
+    if save is not None:
+        for number, view in enumerate(views, start=1):
+            view.trace.save(save / f"{number}-{view.trace.policy}.safetensors")
+        say(f"wrote {len(views)} traces into {save}")
+    if terminal or not (out or json_file or png or save):
+        for view in views:
+            stdout.rule(view.label)
+            shares = view.trace.visible(view.trace.tokens - 1).double().mean(dim=0)
+            stdout.print(shaded(view.trace.pieces, shares.tolist()))
+        stdout.print(legend())
+        stdout.print(rich_kinds(views))
+
+
+def _read(source: str | None, tokens: int) -> str:
+    """As much of a text as so many tokens may take."""
+    if source == "-":
+        return sys.stdin.read()[: CHARACTERS * tokens]
+    from ctxprune.pruner.data import read_texts
+
+    read = ""
+    for document in read_texts(source, "eval"):
+        read += ("\n\n" if read else "") + document
+        if len(read) > CHARACTERS * tokens:
+            break
+    return read[: CHARACTERS * tokens]
