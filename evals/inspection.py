@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxprune.evals.kinds import Kind, kinds_of, survival_of, survival_over_age
+from ctxprune.evals.kinds import Kind, dropping_of, kinds_of, survival_of, survival_over_age
 from ctxprune.evals.provenance import provenance
 from ctxprune.evals.trace import Trace, overlap, pieces_of, trace
 from ctxprune.pruner.checkpoint import DTYPES, load, load_tokenizer, read_config
@@ -84,12 +84,15 @@ class View:
         label: names it among the others.
         kinds: which kinds of tokens stay.
         survival: age in tokens -> share of layers and tokens that are still visible at that age.
+        dropping: (group, kind) -> how much oftener than its share of the text a kind is what other
+            tokens leave for.
     """
 
     label: str
     trace: Trace
     kinds: list[Kind]
     survival: dict[int, float]
+    dropping: dict[tuple[str, str], float]
 
 
 def inspect(
@@ -132,11 +135,15 @@ def _apart(label: str, path: Path, views: list[View]) -> str:
     return named if named not in taken else f"{named} ({len(views) + 1})"
 
 
-def _told(found: Trace, seed: int) -> tuple[list[Kind], dict[int, float]]:
-    kinds = survival_of(found.expires, kinds_of(found.pieces), seed=seed)
+def _told(
+    found: Trace, seed: int
+) -> tuple[list[Kind], dict[int, float], dict[tuple[str, str], float]]:
+    masks = kinds_of(found.pieces)
+    kinds = survival_of(found.expires, masks, seed=seed)
     ages = sorted({round(2 ** (step / 2)) for step in range(40)})
     ages = [age for age in ages if age < found.tokens]
-    return kinds, dict(zip(ages, survival_over_age(found.expires, ages), strict=True))
+    survival = dict(zip(ages, survival_over_age(found.expires, ages), strict=True))
+    return kinds, survival, dropping_of(found.dropper, masks)
 
 
 def page_data(views: list[View], title: str) -> dict[str, Any]:
@@ -168,14 +175,21 @@ def _view(view: View) -> Mapping[str, Any]:
         "dropper": found.dropper.tolist(),
         "attention": found.attention.tolist(),
         "kinds": [asdict(kind) for kind in view.kinds],
+        "dropping": [
+            {"group": group, "kind": kind, "lift": lift}
+            for (group, kind), lift in view.dropping.items()
+        ],
         "survival": {"age": list(view.survival), "share": list(view.survival.values())},
     }
 
 
 def rich_kinds(views: list[View]) -> Table:
-    """Which kinds of tokens stay, for a terminal: a column a view."""
+    """Which kinds of tokens stay, and for which others leave, for a terminal."""
     shares = ", ".join(f"{view.label} {view.trace.sparsity:.3f}" for view in views)
-    caption = f"Share of later queries that still see a token; sparsity: {shares}"
+    caption = (
+        "Share of later queries that still see a token (95% interval), and how much oftener than "
+        f"its share of the text a kind is what others leave for; sparsity: {shares}"
+    )
     first = views[0]
     for view in views[1:]:
         if view.trace.expires.shape == first.trace.expires.shape:
@@ -186,10 +200,14 @@ def rich_kinds(views: list[View]) -> Table:
         table.add_column(name)
     table.add_column("tokens", justify="right")
     for view in views:
-        table.add_column(view.label, justify="right")
+        table.add_column(f"{view.label}: seen", justify="right")
+        table.add_column("left for", justify="right")
     by_kind = [{(kind.group, kind.kind): kind for kind in view.kinds} for view in views]
     for (group, name), kind in by_kind[0].items():
-        cells = [_interval(found.get((group, name))) for found in by_kind]
+        cells = []
+        for view, found in zip(views, by_kind, strict=True):
+            lift = view.dropping.get((group, name))
+            cells += [_interval(found.get((group, name))), "" if lift is None else f"{lift:.2f}"]
         table.add_row(name, group, f"{kind.count}", *cells)
     return table
 

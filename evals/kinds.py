@@ -173,6 +173,28 @@ def survival_of(
     ]
 
 
+def dropping_of(
+    dropper: Tensor, masks: Mapping[str, Mapping[str, Tensor]]
+) -> dict[tuple[str, str], float]:
+    """How much oftener than its share of the text each kind is what other tokens leave for.
+
+    Args:
+        dropper: (layers, n) int64, position of the query that token j left for; -1 if it did not.
+        masks: from `kinds_of`.
+
+    Returns:
+        (group, kind) -> share of the drops over share of the tokens; empty if nothing left.
+    """
+    drops = torch.bincount(dropper[dropper >= 0], minlength=dropper.shape[1]).double()
+    if not drops.any():
+        return {}
+    return {
+        (group, kind): float(drops[mask].sum() / drops.sum() / mask.double().mean())
+        for group, kinds in masks.items()
+        for kind, mask in kinds.items()
+    }
+
+
 def survival_over_age(expires: Tensor, ages: Sequence[int]) -> list[float]:
     """Share of layers and tokens j that query j + age still sees, for each age.
 

@@ -38,7 +38,7 @@ def view(label: str, n: int, layers: int = 3, seed: int = 0) -> View:
     )
     ages = [age for age in (1, 2, 4, 8, 16, 32) if age < n]
     survival = dict(zip(ages, survival_over_age(expires, ages), strict=True))
-    return View(label, trace, survival_of(expires, kinds_of(pieces)), survival)
+    return View(label, trace, survival_of(expires, kinds_of(pieces)), survival, {})
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,8 @@ def test_layers_are_told_by_part_of_speech_else_by_form(views: list[View]) -> No
         assert tuple(line.get_ydata()) == by_layer[str(line.get_label())]
     assert "NOUN" in {line.get_label() for line in figure.axes[0].lines}
     plain = [
-        View(v.label, v.trace, [k for k in v.kinds if k.group == "form"], v.survival) for v in views
+        View(v.label, v.trace, [k for k in v.kinds if k.group == "form"], v.survival, {})
+        for v in views
     ]
     labels = {line.get_label() for line in drawn(figures._layers(plain)).axes[0].lines}
     assert {"digit", "other word"} <= labels

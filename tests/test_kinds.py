@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ctxprune.evals import kinds
 from ctxprune.evals.kinds import (
+    dropping_of,
     kept_over_context,
     kinds_of,
     missing,
@@ -281,3 +282,13 @@ def test_kept_over_context_counts_the_rows_a_query_sees(n: int) -> None:
     torch.testing.assert_close(
         kept_over_context(expires), torch.tensor(naive, dtype=torch.double).view(3, n)
     )
+
+
+def test_dropping_is_the_share_of_the_drops_over_that_of_the_tokens() -> None:
+    """Five tokens left: three for token 2, two for token 3; token 0 stays."""
+    dropper = torch.tensor([[-1, 2, 3, -1], [2, 2, 3, -1]])
+    masks = {"form": {"a": torch.tensor([True, True, False, True]),
+                      "b": torch.tensor([False, False, True, False])}}  # fmt: skip
+    found = dropping_of(dropper, masks)
+    assert found == pytest.approx({("form", "a"): 0.4 / 0.75, ("form", "b"): 0.6 / 0.25})
+    assert dropping_of(torch.full((2, 4), -1), masks) == {}
