@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-COMMANDS := convert tune eval bench export generate run info
+COMMANDS := convert tune eval bench report export generate inspect run info
 
 .PHONY: setup test check demo docs
 

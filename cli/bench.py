@@ -125,20 +125,13 @@ def bench(
 
 def _training(folder: Path, options: dict[str, Any], json_file: Path | None) -> None:
     """Measure steps of tuning, and print a table."""
-    from rich.table import Table
-
+    from ctxprune.evals.tables import terminal_table
     from ctxprune.evals.training_cost import TrainingCostConfig, training_cost
+    from ctxprune.evals.training_report import table
 
     config = TrainingCostConfig.from_mapping(options, "the options")
     results = training_cost(folder, config, on_event=say)
     if json_file is not None:
         write_text(json_file, json.dumps(results, indent=2) + "\n")
         say(f"wrote {json_file}")
-    table = Table(title="A step of tuning, beside a dense one of the same weights")
-    for name in ("context", "mode", "step, s", "of dense", "peak, GB"):
-        table.add_column(name, justify="left" if name == "mode" else "right")
-    for row in results["rows"]:
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
-        cells = (f"{row['step_s']['median']:.2f}", f"{row['ratio']:.2f}", peak)
-        table.add_row(str(row["context"]), row["mode"], *cells)
-    stdout.print(table)
+    stdout.print(terminal_table(table(results)))

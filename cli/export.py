@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import say
+from ctxprune.cli.console import say, write_text
 from ctxprune.cli.options import Force, Model, Out
+from ctxprune.cli.report import read
 from ctxprune.cli.workspace import current
-from ctxprune.pruner.errors import CtxpruneError
 
 EXAMPLES = """
 Examples:
@@ -19,6 +18,8 @@ Examples:
   ctxprune export --out ./release
 
   ctxprune eval --json results.json && ctxprune export --out ./release --results results.json
+
+  ctxprune export --out ./release --results gate.json --results sink.json --results speed.json
 """
 
 
@@ -26,19 +27,22 @@ def export(
     out: Out,
     model: Model = None,
     results: Annotated[
-        Path | None, typer.Option(help="What `eval --json` wrote, for the model card.")
+        list[Path] | None,
+        typer.Option(help="What `eval --json` or `bench --json` wrote, for the card; repeatable."),
     ] = None,
     force: Force = False,
 ) -> None:
     """Write a self-contained folder: weights, gates, calibration, tokenizer, model card."""
-    measured = None
-    if results is not None:
-        try:
-            measured = json.loads(results.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CtxpruneError(f"`{results}` cannot be read as JSON: {error}") from error
+    merged = read(results) if results else None
     folder = current(model)
     from ctxprune.pruner import export as exporting
 
-    exporting.export(folder, out, force=force, results=measured)
+    alone = merged.alone if merged else None
+    exporting.export(folder, out, force=force, results=alone)
+    if merged and alone is None:
+        from ctxprune.evals.report_page import markdown
+
+        card = out / "README.md"
+        measured = markdown(merged, level=0, provenance=False)
+        write_text(card, f"{card.read_text(encoding='utf-8')}\n## Measured\n\n{measured}")
     say(f"wrote {out}")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ctxprune.cli import bench, convert, eval, export, generate, info, run, tune
+from ctxprune.cli import bench, convert, eval, export, generate, info, inspect, report, run, tune
 from ctxprune.cli.console import fail, out, say
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 
@@ -26,8 +26,10 @@ for name, command, examples in (
     ("tune", tune.tune, tune.EXAMPLES),
     ("eval", eval.evaluate, eval.EXAMPLES),
     ("bench", bench.bench, bench.EXAMPLES),
+    ("report", report.report, report.EXAMPLES),
     ("export", export.export, export.EXAMPLES),
     ("generate", generate.generate, generate.EXAMPLES),
+    ("inspect", inspect.inspect, inspect.EXAMPLES),
     ("run", run.run, run.EXAMPLES),
     ("info", info.info, info.EXAMPLES),
 ):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Table as RichTable
+
+from ctxprune.evals.charts import widen
+from ctxprune.evals.tables import Table, markdown_table, terminal_table
 
 Results = Sequence[dict[str, Any]]
 
-# Beyond this ratio of the worst to the best perplexity, a linear axis hides all but the worst.
-LOG_AXIS_RATIO = 4.0
 METRICS = ("acc", "acc_norm", "perplexity")
 RETRIEVED = "Accuracy of retrieval by length of the prompt and depth of the fact"
 
@@ -22,44 +23,28 @@ def markdown(results: Results) -> str:
 
     Where retrieval was measured, a table of its cells follows.
     """
-    header, rows = _scores(results)
-    parts = [_markdown_table(header, rows), _note(results)]
-    header, rows = _retrieved(results)
-    if rows:
-        parts += [f"{RETRIEVED}:", _markdown_table(header, rows)]
+    parts = [markdown_table(_scores(results)), _note(results)]
+    cells = _retrieved(results)
+    if cells.rows:
+        parts += [f"{RETRIEVED}:", markdown_table(cells)]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def rich_table(results: Results) -> Table:
+def rich_table(results: Results) -> RichTable:
     """The same table for a terminal."""
-    return _rich_table(*_scores(results), _note(results))
+    return terminal_table(_scores(results), _note(results))
 
 
-def rich_retrieval(results: Results) -> Table | None:
+def rich_retrieval(results: Results) -> RichTable | None:
     """The table of retrieval's cells for a terminal, None where it was not measured."""
-    header, rows = _retrieved(results)
-    return _rich_table(header, rows, RETRIEVED) if rows else None
-
-
-def _rich_table(header: list[str], rows: list[list[str]], caption: str) -> Table:
-    table = Table(caption=caption)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < 2 else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    table = _retrieved(results)
+    return terminal_table(table, RETRIEVED) if table.rows else None
 
 
 def plot(results: Results, path: Path) -> None:
     """PNG of perplexity over realised sparsity: a line per policy, dense models as horizontals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(7.5, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # draws to memory: no display, no global state
@@ -77,12 +62,7 @@ def plot(results: Results, path: Path) -> None:
     styles = itertools.cycle(("--", ":", "-."))
     for (model, value), style in zip(dense.items(), styles, strict=False):
         axes.axhline(value, color="0.35", linestyle=style, label=f"dense, {model} ({value:.2f})")
-    values = [level["perplexity"] for result in results for level in result["levels"]]
-    if max(values) > LOG_AXIS_RATIO * min(values):
-        axes.set_yscale("log")
-        plain = FuncFormatter(lambda value, _: f"{value:g}")  # "60", not "6 x 10^1"
-        axes.yaxis.set_major_formatter(plain)
-        axes.yaxis.set_minor_formatter(plain)
+    widen(axes, [level["perplexity"] for result in results for level in result["levels"]])
     axes.set_xlabel("realised sparsity (share of earlier tokens evicted)")
     axes.set_ylabel("perplexity")
     axes.set_title(_note(results), fontsize="medium")
@@ -121,8 +101,8 @@ def _note(results: Results) -> str:
     )
 
 
-def _scores(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Header and rows; a task has a column per metric, and its own realised sparsity."""
+def _scores(results: Results) -> Table:
+    """A row per level; a task has a column per metric, and its own realised sparsity."""
     levels = [level for result in results for level in result["levels"]]
     columns = list(
         dict.fromkeys(
@@ -144,38 +124,45 @@ def _scores(results: Results) -> tuple[list[str], list[list[str]]]:
                 f"{level['cache_sparsity']:.3f}",
                 f"{level['perplexity']:.2f}",
             ]
-            row += [_score(level["tasks"].get(task, {}), metric) for task, metric in columns]
+            row += [score(level["tasks"].get(task, {}), metric) for task, metric in columns]
             rows.append(row)
-    return header, rows
+    return Table(header, rows, texts=2)
 
 
-def _retrieved(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of retrieval: a row per model, policy, level and length."""
-    found = [
-        (result, level, level["tasks"]["retrieval"]["cells"])
+def _retrieved(results: Results) -> Table:
+    """The cells of retrieval."""
+    return retrieved(
+        (_subject(result, level), level["tasks"]["retrieval"]["cells"])
         for result in results
         for level in result["levels"]
         if "retrieval" in level["tasks"]
-    ]
-    depths = sorted({cell["depth"] for _, _, cells in found for cell in cells})
-    header = ["model", "policy", "requested", "length", *(f"{depth:g}" for depth in depths)]
+    )
+
+
+def retrieved(found: Iterable[tuple[list[str], Sequence[dict[str, Any]]]]) -> Table:
+    """A row per subject (model, policy, level) and length; `found` has its cells with each."""
+    every = list(found)
+    depths = sorted({cell["depth"] for _, cells in every for cell in cells})
     rows = []
-    for result, level, cells in found:
+    for subject, cells in every:
         for length in dict.fromkeys(cell["length"] for cell in cells):
-            acc = {cell["depth"]: cell["acc"] for cell in cells if cell["length"] == length}
-            rows.append(
-                [*_subject(result, level), f"{length}", *(f"{acc[depth]:.2f}" for depth in depths)]
-            )
-    return header, rows
+            acc = {
+                cell["depth"]: f"{cell['acc']:.2f}" for cell in cells if cell["length"] == length
+            }
+            rows.append([*subject, f"{length}", *(acc.get(depth, "") for depth in depths)])
+    header = ["model", "policy", "requested", "length", *(f"{depth:g}" for depth in depths)]
+    return Table(header, rows, texts=2)
 
 
 def _subject(result: dict[str, Any], level: dict[str, Any]) -> list[str]:
     """What a row is about: model, policy, and the level asked for."""
     requested = level["sparsity_requested"]
-    return [_model(result), result["policy"] if requested > 0 else "dense", f"{requested:g}"]
+    dense = requested == 0 and level["sparsity"] == 0  # a cap on rows evicts at 0 too
+    return [_model(result), "dense" if dense else result["policy"], f"{requested:g}"]
 
 
-def _score(scores: dict[str, Any], metric: str) -> str:
+def score(scores: dict[str, Any], metric: str) -> str:
+    """A metric of a task, empty where it has none; accuracy with its standard error."""
     if metric not in scores:
         return ""
     if metric == "acc" and "stderr" in scores:

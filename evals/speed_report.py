@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from ctxprune.evals.breakdown import RANGES
 from ctxprune.evals.speed import DYNAMIC, ORACLE, STATIC
+from ctxprune.evals.tables import Table, markdown_table
 
 Row = dict[str, Any]
-Cells = tuple[list[str], list[list[str]]]
 
-# Columns that are text; the others are figures.
-TEXTS = ("mode",)
 # What a panel shows: unit, key of a row, factor.
 MEASURES = (("decoded tokens/s", "decode_tokens_per_s", 1.0), ("KV cache, MB", "kv_bytes", 1e-6))
 MARKERS = "osD^vPX"
@@ -24,28 +22,26 @@ MARKERS = "osD^vPX"
 
 def rich_table(results: dict[str, Any]) -> Group:
     """The measurements, and under them where the time of a pruned step goes."""
-    tables = []
-    for title, (header, rows) in _tables(results):
-        table = Table(title=title)
-        for name in header:
+    shown = []
+    for table in tables(results):
+        form = RichTable(title=table.title)
+        for index, name in enumerate(table.header):
             lines = name.replace(" ", "\n")  # narrow, so that figures need no second line
-            table.add_column(lines, justify="left" if name in TEXTS else "right")
-        for row, following in itertools.zip_longest(rows, rows[1:], fillvalue=()):
+            form.add_column(lines, justify="left" if index < table.texts else "right")
+        for row, following in itertools.zip_longest(table.rows, table.rows[1:], fillvalue=()):
             same = row[1:3] == following[1:3]  # batch and context
-            table.add_row(*row, end_section=not same)
-        tables.append(table)
-    tables[-1].caption = _note(results)
-    return Group(*tables)
+            form.add_row(*row, end_section=not same)
+        shown.append(form)
+    shown[-1].caption = note(results)
+    return Group(*shown)
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The same tables, and a note on what was measured."""
     parts = []
-    for title, (header, rows) in _tables(results):
-        rule = ["---" if name in TEXTS else "---:" for name in header]
-        lines = [f"| {' | '.join(line)} |" for line in (header, rule, *rows)]
-        parts += [f"{title}:", "\n".join(lines)]
-    return "\n\n".join([*parts, _note(results)]) + "\n"
+    for table in tables(results):
+        parts += [f"{table.title}:", markdown_table(table)]
+    return "\n\n".join([*parts, note(results)]) + "\n"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -65,12 +61,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
             lines: dict[str, list[Row]] = {}
             for row in rows:
                 if row["batch"] == batch:
-                    lines.setdefault(_label(row, results), []).append(row)
-            for label, points in lines.items():
+                    lines.setdefault(label(row, results), []).append(row)
+            for name, points in lines.items():
                 axes.plot(
                     [row["context"] for row in points],
                     [row[key] * factor for row in points],
-                    label=label,
+                    label=name,
                     **_style(points[0]["mode"], levels.index(points[0]["sparsity"])),
                 )
             axes.set_xscale("log", base=2)
@@ -83,19 +79,20 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axes.grid(alpha=0.3)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
-    figure.suptitle(_note(results), fontsize="small", wrap=True)
+    figure.suptitle(note(results), fontsize="small", wrap=True)
     figure.savefig(path, format="png")
 
 
-def _tables(results: dict[str, Any]) -> list[tuple[str, Cells]]:
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Speed and memory, and where the time of a pruned step goes if that was measured."""
     rows = results["rows"]
-    tables = [("Speed and memory", _speed_cells(rows, results))]
+    found = [_speed_table(rows, results)]
     if any("breakdown" in row for row in rows):
-        tables.append(("A decode step in ms", _part_cells(rows, results)))
-    return tables
+        found.append(_part_table(rows, results))
+    return found
 
 
-def _speed_cells(rows: list[Row], results: dict[str, Any]) -> Cells:
+def _speed_table(rows: list[Row], results: dict[str, Any]) -> Table:
     header = ["mode", "batch", "context", "sparsity", "prefill tokens/s", "first token ms"]
     header += ["decode tokens/s", "step ms (min-max)", "speedup", "of oracle", "KV MB", "peak MB"]
     header += ["rows", "padding"]
@@ -104,7 +101,7 @@ def _speed_cells(rows: list[Row], results: dict[str, Any]) -> Cells:
         step = row["step_ms"]
         cells.append(
             [
-                _label(row, results),
+                label(row, results),
                 str(row["batch"]),
                 str(row["context"]),
                 _figure(row["sparsity_realised"], "{:.3f}"),
@@ -120,14 +117,14 @@ def _speed_cells(rows: list[Row], results: dict[str, Any]) -> Cells:
                 f"{row['padding']:.2f}",
             ]
         )
-    return header, cells
+    return Table(header, cells, texts=1, title="Speed and memory")
 
 
-def _part_cells(rows: list[Row], results: dict[str, Any]) -> Cells:
+def _part_table(rows: list[Row], results: dict[str, Any]) -> Table:
     parts = [*RANGES, "rest"]
     cells = [
         [
-            _label(row, results),
+            label(row, results),
             str(row["batch"]),
             str(row["context"]),
             *(f"{row['breakdown'][part]:.2f}" for part in parts),
@@ -136,14 +133,15 @@ def _part_cells(rows: list[Row], results: dict[str, Any]) -> Cells:
         for row in rows
         if "breakdown" in row
     ]
-    return ["mode", "batch", "context", *parts, "step"], cells
+    header = ["mode", "batch", "context", *parts, "step"]
+    return Table(header, cells, texts=1, title="A decode step in ms")
 
 
 def _figure(value: float | None, form: str, factor: float = 1.0) -> str:
     return "" if value is None else form.format(value * factor)
 
 
-def _label(row: Row, results: dict[str, Any]) -> str:
+def label(row: Row, results: dict[str, Any]) -> str:
     """The mode; with the level asked for, and who decides, where something is pruned."""
     if row["mode"] in (DYNAMIC, STATIC):
         return str(row["mode"])
@@ -155,7 +153,7 @@ def _label(row: Row, results: dict[str, Any]) -> str:
     return f"{results['policy']} {row['sparsity']:g}{forced}"
 
 
-def _note(results: dict[str, Any]) -> str:
+def note(results: dict[str, Any]) -> str:
     """What every figure has to be read with."""
     parts = [Path(results["model"]).name or results["model"]]
     if results["random_weights"]:

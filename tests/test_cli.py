@@ -13,7 +13,18 @@ import pytest
 
 Make = Callable[[str], Path]
 PAGES = Path(__file__).parent.parent / "docs" / "commands"
-COMMANDS = ("convert", "tune", "eval", "bench", "export", "generate", "run", "info")
+COMMANDS = (
+    "convert",
+    "tune",
+    "eval",
+    "bench",
+    "report",
+    "export",
+    "generate",
+    "inspect",
+    "run",
+    "info",
+)
 
 
 def ctxprune(

@@ -1,0 +1,73 @@
+"""`ctxprune report`: several results as one page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ctxprune.cli.console import check_writable, say, write_text
+from ctxprune.pruner.errors import CtxpruneError
+
+if TYPE_CHECKING:
+    from ctxprune.evals.merged import Merged
+
+EXAMPLES = """
+Examples:
+
+  ctxprune report gate.json sink.json speed.json --out report.html
+
+  ctxprune report runs/demo/report.json --out report.md
+"""
+
+
+def report(
+    results: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="What `eval --json` and `bench --json` wrote, and report.json of `run`.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", help="Page to write: .html with charts, or .md.")
+    ] = Path("report.html"),
+) -> None:
+    """Merge several results, of models, policies and levels, into one page."""
+    forms = (".html", ".md")
+    if out.suffix.lower() not in forms:
+        raise CtxpruneError(f"`{out}` ends in neither .html nor .md", "a page is one of these")
+    check_writable(out)
+    merged = read(results or [])
+    from ctxprune.evals import report_page
+
+    page = report_page.html if out.suffix.lower() == ".html" else report_page.markdown
+    write_text(out, page(merged))
+    say(f"wrote {out}")
+
+
+def read(paths: Sequence[Path]) -> Merged:
+    """Read files of results, and merge them.
+
+    Raises:
+        CtxpruneError: there are none, or one is no JSON or holds no results.
+    """
+    from ctxprune.evals.merged import merge
+
+    if not paths:
+        raise CtxpruneError(
+            "no results were given", "give files that `eval --json` or `bench --json` wrote"
+        )
+    contents = []
+    for path in paths:
+        try:
+            contents.append((str(path), json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError) as error:
+            raise CtxpruneError(
+                f"`{path}` cannot be read as JSON: {error}",
+                "give a file that `eval --json` or `bench --json` wrote",
+            ) from error
+    return merge(contents)

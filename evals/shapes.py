@@ -1,0 +1,112 @@
+"""What files of results hold: told apart by content, and refused where something is missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ctxprune.pruner.errors import CtxpruneError
+
+EVAL, BENCH, TRAINING = ("eval", "bench", "bench --training")
+
+# A shape is a type, types that are all right, or the keys that must be there and their shapes.
+# Lists are looked into by `kind_of`: of levels, of rows.
+FIGURE = (int, float)
+MAYBE = (int, float, type(None))
+SPREAD = {"median": FIGURE, "min": FIGURE, "max": FIGURE}
+SHAPES: dict[str, dict[str, Any]] = {
+    EVAL: {"model": str, "policy": str, "context": FIGURE},
+    BENCH: {
+        **dict.fromkeys(("model", "policy", "dtype", "machine"), str),
+        **dict.fromkeys(("forced", "random_weights"), bool),
+        **dict.fromkeys(("evicts_every", "threads", "repeats", "steps", "prefills"), FIGURE),
+        "max_rows": MAYBE,
+    },
+    TRAINING: {"model": str, "machine": str, "train": str, "bf16": bool}
+    | dict.fromkeys(("batch", "threads"), FIGURE),
+}
+PARTS: dict[str, dict[str, Any]] = {
+    EVAL: dict.fromkeys(
+        ("sparsity_requested", "sparsity", "cache_sparsity", "perplexity", "tokens"), FIGURE
+    )
+    | {"tasks": dict},
+    BENCH: {
+        "mode": str,
+        "step_ms": SPREAD,
+        "text_repeated": bool,
+        **dict.fromkeys(
+            ("batch", "context", "sparsity", "decode_tokens_per_s", "rows_kept", "padding"), FIGURE
+        ),
+        **dict.fromkeys(
+            ("sparsity_realised", "prefill_tokens_per_s", "ttft_s", "speedup", "of_oracle"), MAYBE
+        ),
+        **dict.fromkeys(("kv_bytes", "peak_bytes"), MAYBE),
+    },
+    TRAINING: {
+        "mode": str,
+        "step_s": SPREAD,
+        **dict.fromkeys(("context", "ratio"), FIGURE),
+        "peak_bytes": MAYBE,
+    },
+}
+# Where results come from: shown if it is there.
+ORIGIN = {
+    **dict.fromkeys(("date", "command", "text", "dtype", "device"), str),
+    **dict.fromkeys(("seed", "limit", "batch_size", "max_rows", "evicts_every"), MAYBE),
+    "versions": dict,
+}
+SCORES = {"sparsity": FIGURE}
+BREAKDOWN = dict.fromkeys(
+    ("projections", "gate", "policy", "attention", "eviction", "rest"), FIGURE
+)
+CELL = dict.fromkeys(("length", "depth", "acc"), FIGURE)
+
+
+def kind_of(file: str, results: Any) -> str:
+    """The command that wrote results.
+
+    Raises:
+        CtxpruneError: none did, or something is missing in them.
+    """
+    key = "levels" if isinstance(results, dict) and "levels" in results else "rows"
+    parts = results.get(key) if isinstance(results, dict) else None
+    if not (isinstance(parts, list) and parts and isinstance(parts[0], dict)):
+        raise no_results(file)
+    kind = EVAL if key == "levels" else TRAINING if "ratio" in parts[0] else BENCH
+    lacks = _lacks(results, SHAPES[kind])
+    lacks += _lacks(results, {name: kind for name, kind in ORIGIN.items() if name in results})
+    for part in parts:
+        lacks += _lacks(part, PARTS[kind])
+        if isinstance(part, dict) and "breakdown" in part:
+            lacks += _lacks(part, {"breakdown": BREAKDOWN})
+        if kind == EVAL and not lacks:
+            for scores in part["tasks"].values():
+                lacks += _lacks(scores, SCORES)
+                for cell in scores.get("cells", []) if isinstance(scores, dict) else []:
+                    lacks += _lacks(cell, CELL)
+    if lacks:
+        raise CtxpruneError(
+            f"the results in `{file}` have no usable `{lacks[0]}`",
+            f"write them again with `ctxprune {kind} --json`",
+        )
+    return kind
+
+
+def no_results(file: str) -> CtxpruneError:
+    """The error for a file of something else."""
+    return CtxpruneError(
+        f"`{file}` holds no results of `ctxprune eval` or `ctxprune bench`",
+        "give what their `--json` wrote, or the report.json of `ctxprune run`",
+    )
+
+
+def _lacks(value: Any, shape: dict[str, Any]) -> list[str]:
+    """The keys that are missing, or hold something else."""
+    if not isinstance(value, dict):
+        return list(shape)
+    lacks = []
+    for key, wanted in shape.items():
+        if isinstance(wanted, dict):
+            lacks += [f"{key} {inner}" for inner in _lacks(value.get(key), wanted)]
+        elif key not in value or not isinstance(value[key], wanted):
+            lacks.append(key)
+    return lacks
