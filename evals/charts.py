@@ -56,11 +56,12 @@ class Chart:
 
 def widen(axes: Axes, values: Sequence[float]) -> None:
     """Give perplexities a logarithmic axis where they span much."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     if max(values) > LOG_AXIS_RATIO * min(values):
         axes.set_yscale("log")
         plain = FuncFormatter(lambda value, _: f"{value:g}")  # "60", not "6 x 10^1"
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))  # all would overlap
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_formatter(plain)
 
@@ -167,6 +168,7 @@ def speed_charts(bench: Bench, name: str) -> list[Chart]:
     rows = [
         (label(row, results), number, row) for number, results, part in bench.parts for row in part
     ]
+    looks = list(dict.fromkeys(label for label, _, _ in rows))
     contexts = {row["context"] for _, _, row in rows}
     over, fixed = ("context", "batch") if len(contexts) > 1 else ("batch", "context")
     charts: list[Chart] = []
@@ -176,12 +178,13 @@ def speed_charts(bench: Bench, name: str) -> list[Chart]:
             some = [line for line in found if line[-1][fixed] == value]
             element = f"{name}-{len(charts) + 1}"
             where = f"{fixed} {value:,}"
-            charts.append(_speed_chart(some, unit, key, factor, over, where, element))
+            charts.append(_speed_chart(some, looks, unit, key, factor, over, where, element))
     return charts
 
 
 def _speed_chart(
     rows: list[tuple[str, int, dict[str, Any]]],
+    looks: list[str],
     unit: str,
     key: str,
     factor: float,
@@ -190,16 +193,17 @@ def _speed_chart(
     name: str,
 ) -> Chart:
     lines: list[tuple[str, list[int], list[dict[str, Any]]]] = []
-    for label, number, row in rows:
-        for other, numbers, line in lines:
+    for label, run, row in rows:
+        for other, runs, line in lines:
             if other == label and row[over] not in [known[over] for known in line]:
-                numbers.append(number)
+                runs.append(run)
                 line.append(row)
                 break
         else:
-            lines.append((label, [number], [row]))
-    labels = told_apart([(label, numbers) for label, numbers, _ in lines])
+            lines.append((label, [run], [row]))
+    labels = told_apart([(label, runs) for label, runs, _ in lines])
     ordered = [sorted(line, key=lambda row: float(row[over])) for *_, line in lines]
+    numbers = [looks.index(label) for label, _, _ in lines]
     places = sorted({row[over] for *_, row in rows})
     told = "; ".join(
         f"{label}: " + ", ".join(f"{row[key] * factor:,.1f} at {row[over]:,}" for row in line)
@@ -209,20 +213,22 @@ def _speed_chart(
 
     def draw(axes: Axes) -> None:
         if len(places) == 1:
-            _bars(axes, labels, [line[0] for line in ordered], key, factor)
+            colours = [_colour(n, line[0]) for n, line in zip(numbers, ordered, strict=True)]
+            _bars(axes, labels, [line[0][key] * factor for line in ordered], colours)
             axes.set_xlabel(unit)
             figure = axes.get_figure(root=True)
             assert figure is not None
             figure.set_figheight(1.0 + 0.35 * len(labels))
             axes.grid(visible=False, axis="y")
             return
-        for number, (label, line) in enumerate(zip(labels, ordered, strict=True)):
+        markers = itertools.cycle(MARKERS)
+        for number, label, line in zip(numbers, labels, ordered, strict=True):
             axes.plot(
                 [row[over] for row in line],
                 [row[key] * factor for row in line],
                 color=_colour(number, line[0]),
                 linestyle="--" if line[0]["mode"] == "oracle" else "-",
-                marker=MARKERS[number % len(MARKERS)],
+                marker=next(markers),
                 markersize=5,
                 label=label,
             )
@@ -238,11 +244,9 @@ def _speed_chart(
 
 
 def _bars(
-    axes: Axes, labels: Sequence[str], rows: Sequence[dict[str, Any]], key: str, factor: float
+    axes: Axes, labels: Sequence[str], values: Sequence[float], colours: Sequence[str]
 ) -> None:
     """A bar a mode, with its figure at its end."""
-    values = [row[key] * factor for row in rows]
-    colours = [_colour(number, row) for number, row in enumerate(rows)]
     bars = axes.barh(labels, values, color=colours, height=0.6)
     axes.bar_label(bars, fmt="{:,.1f}", padding=3)
     axes.set_xlim(0, max(values) * 1.15 or 1)

@@ -214,7 +214,8 @@ def _bench(bench: Bench, name: str, charts: bool) -> Part:
 
 def _training(run: Run, models: dict[str, str]) -> Part:
     results = run.results
-    title = f"{models[results['model']]}, {results['train']}, {results['batch']} windows a step"
+    windows = f"{results['batch']} window{'s' * (results['batch'] != 1)} a step"
+    title = f"{models[results['model']]}, {results['train']}, {windows}"
     if results["bf16"]:
         title += ", bf16"
     title += f", on {results['machine']}, {threads(results)}"

@@ -216,7 +216,8 @@ def test_the_tables_in_markdown() -> None:
     lines = markdown(merge(FILES)).splitlines()
     start = lines.index("### books/test.txt, context 512, 51,100 tokens")
     assert lines[start + 2 : start + 9] == [
-        "| model | policy | requested | sparsity | cache sparsity | perplexity | over dense | run |",
+        "| model | policy | requested | sparsity | cache sparsity | perplexity "
+        "| over dense | run |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| tuned | dense | 0 | 0.000 | 0.000 | 30.00 |  | 1 |",
         "| tuned | gate | 0.8 | 0.790 | 0.790 | 33.00 | +10.0% | 1 |",
@@ -242,7 +243,7 @@ def test_the_tables_in_markdown() -> None:
 def test_retrieval_and_training_have_their_tables() -> None:
     page = markdown(merge([("a", with_retrieval()), ("b", training())]))
     assert "| tuned | gate | 0.8 | 2048 | 0.41 | 0.49 |" in page
-    assert "### tuned, lora, 1 windows a step, on AMD EPYC, 1 thread" in page
+    assert "### tuned, lora, 1 window a step, on AMD EPYC, 1 thread" in page
     assert "| gated | 512 | 2.00 | 1.31 |  |" in page
 
 

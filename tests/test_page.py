@@ -473,6 +473,14 @@ def test_charts_have_words(load: Open) -> None:
     assert rows.inner_text() != before  # an open table follows the slider
 
 
+def test_an_interval_that_says_nothing_is_not_drawn(load: Open) -> None:
+    data = view(3, 50)
+    data["kinds"][0].update(low=0.0, high=1.0)
+    page = load(report(data))
+    page.locator(".bar").first.wait_for()
+    assert page.locator(".bar").count() == page.locator(".whisker").count() + 1 == 10
+
+
 CONTRAST = """() => {
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
   const luminance = (...layers) => {
