@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,8 +116,8 @@ def _over_sparsity(
             drawn[subject] += 1
         if figure == "perplexity":
             _span(axes, [point.figures[figure] for _, points in lines for point in points])
-        chance = {point.figures["chance"] for _, p in lines for point in p if _has_chance(point)}
-        for value in sorted(chance):
+        figures = [point.figures for _, points in lines for point in points]
+        for value in sorted({known["chance"] for known in figures if "chance" in known}):
             axes.axhline(value, color=MUTED, linewidth=0.8, label=f"chance ({value:g})")
         axes.set_xlim(0, 1)
         axes.set_xlabel("realised sparsity (share of earlier tokens evicted)")
@@ -136,10 +135,6 @@ def _span(axes: Axes, values: Sequence[float]) -> None:
     if high < LEAST_SPAN * low:
         middle = (low + high) / 2
         axes.set_ylim(middle * (1 - (LEAST_SPAN - 1) / 2), middle * (1 + (LEAST_SPAN - 1) / 2))
-
-
-def _has_chance(point: Point) -> bool:
-    return "chance" in point.figures
 
 
 def _told(points: Sequence[Point], figure: str, form: str) -> str:
@@ -296,7 +291,7 @@ def _inline(document: str, name: str, alternative: str) -> str:
                 value = f"{name}-{value}"
             elif key.endswith("href"):
                 value = f"#{name}-{value[1:]}"
-            value = re.sub(r"url\(#", f"url(#{name}-", value)
+            value = value.replace("url(#", f"url(#{name}-")
             for colour, variable in COLOURS.items():
                 value = value.replace(colour, f"var({variable})")
             element.set(key.rpartition("}")[2], value)

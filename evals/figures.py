@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX"
 MOST_LINES = len(COLOURS)
+MOST_COLUMNS = 900
 WIDTH = 8.0
 
 
@@ -85,16 +86,17 @@ def _life(views: Sequence[View]) -> Figure:
         n = view.trace.tokens
         position = torch.arange(n)
         life = (view.trace.expires.clamp_max(n) - position) / (n - position)
+        if n > MOST_COLUMNS:  # else tokens fall between the pixels
+            life = torch.nn.functional.adaptive_avg_pool1d(life, MOST_COLUMNS)
         image = axes.imshow(
             life.numpy(),
             aspect="auto",
             origin="lower",
+            extent=(-0.5, n - 0.5, -0.5, view.trace.layers - 0.5),
             cmap="cividis",
             vmin=0.0,
             vmax=1.0,
-            # Layers stay rows, however few; tokens are averaged where there are more than pixels.
-            interpolation="antialiased",
-            interpolation_stage="data",
+            interpolation="nearest",
         )
         axes.set_title(_title(view), fontsize="medium", loc="left")
         axes.set_ylabel("layer")

@@ -75,6 +75,17 @@ def test_the_heat_map_is_the_life_of_each_token(views: list[View]) -> None:
     assert "stays" in bar.get_ylabel()
 
 
+def test_a_heat_map_of_more_tokens_than_columns_averages_them() -> None:
+    shown = view("gate 0.8", 2 * figures.MOST_COLUMNS)
+    axes, _ = figures._life([shown]).axes
+    n = shown.trace.tokens
+    life = (shown.trace.expires - torch.arange(n)) / (n - torch.arange(n))
+    image = axes.images[0].get_array()
+    assert image is not None and image.shape == (3, figures.MOST_COLUMNS)
+    assert image[1, 40] == pytest.approx(float(life[1, 80:82].mean()))
+    assert axes.get_xlim() == (-0.5, n - 0.5)
+
+
 def test_the_context_has_a_line_and_a_band_over_layers(views: list[View]) -> None:
     (axes,) = figures._context(views).axes
     for line, band, shown in zip(axes.lines, axes.collections, views, strict=True):
