@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 COMMANDS := convert tune eval bench report export generate inspect run info
 
-.PHONY: setup test check demo docs
+.PHONY: setup test check demo docs study
 
 setup: .venv/ready
 
@@ -23,6 +23,16 @@ test check: setup
 
 demo: setup
 	$(BIN)/ctxprune run demo --out runs/demo
+
+# The figures and tables of docs/what-it-forgets.md: SmolLM2 as docs/smollm2.md makes it, and its texts.
+MODEL ?= smol
+DATA ?= data
+study: setup
+	for text in books-test.jsonl.gz wikitext-2/test.txt; do \
+		$(BIN)/ctxprune inspect --model $(MODEL) --text $(DATA)/$$text --tokens 4000 \
+			--compare gate:0.8 --compare h2o:0.8 --compare window:0.8 --terminal \
+			--png docs/figures/$${text%%-*} --out runs/study/$${text%%-*}.html || exit; \
+	done
 
 # The pages of docs/commands; a test fails if they drift from --help.
 docs: setup
