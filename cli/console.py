@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.files import whole
 
 # In a pipe there is no width to fit: a table keeps its columns whole.
 out = Console(width=None if sys.stdout.isatty() else 160)
@@ -75,17 +76,20 @@ def legend() -> Text:
 @contextmanager
 def live_memory() -> Iterator[Callable[[list[str], list[float]], None]]:
     """A callback that shows the end of a growing text, shaded, and leaves all of it at the end."""
-    last = Text()
-    with Live(console=out, transient=True, refresh_per_second=8) as live:
+    last: tuple[list[str], list[float]] = [], []
 
-        def show(pieces: list[str], shares: list[float]) -> None:
-            nonlocal last
-            last = shaded(pieces, shares)
-            lines = last.wrap(out, out.width)
-            live.update(Text("\n").join(lines[-max(out.height - 2, 1) :]))
+    def show(pieces: list[str], shares: list[float]) -> None:
+        nonlocal last
+        last = [*pieces], shares
 
+    def tail() -> Text:
+        lines = shaded(*last).wrap(out, out.width)
+        return Text("\n").join(lines[-max(out.height - 2, 1) :])
+
+    # Drawn a few times a second, not once a token: a long text takes its time.
+    with Live(get_renderable=tail, console=out, transient=True, refresh_per_second=8):
         yield show
-    out.print(last)
+    out.print(shaded(*last))
     out.print(legend())
 
 
@@ -104,15 +108,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CtxpruneError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise CtxpruneError(f"`{path}` cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

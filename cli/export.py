@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import say, write_text
+from ctxprune.cli.console import say
 from ctxprune.cli.options import Force, Model, Out
 from ctxprune.cli.report import read
 from ctxprune.cli.workspace import current
@@ -38,11 +38,10 @@ def export(
     from ctxprune.pruner import export as exporting
 
     alone = merged.alone if merged else None
-    exporting.export(folder, out, force=force, results=alone)
+    measured = ""
     if merged and alone is None:
         from ctxprune.evals.report_page import markdown
 
-        card = out / "README.md"
         measured = markdown(merged, level=0, provenance=False)
-        write_text(card, f"{card.read_text(encoding='utf-8')}\n## Measured\n\n{measured}")
+    exporting.export(folder, out, force=force, results=alone, measured=measured)
     say(f"wrote {out}")

@@ -11,7 +11,7 @@ import torch
 
 from ctxprune.evals.inspection import View
 from ctxprune.evals.kinds import FORM, SPEECH, Kind, kept_over_context
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,16 +63,8 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            figure.savefig(temporary, format="png")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise CtxpruneError(f"`{path}` cannot be written: {error}") from error
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png")
     return path
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.files import whole
 from ctxprune.pruner.policies import Block, Policy
 from ctxprune.pruner.table import Table
 
@@ -82,15 +83,11 @@ class Trace:
             if field.name not in TENSORS
         }
         tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata={"trace": json.dumps(about)})
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise CtxpruneError(f"`{path}` cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata={"trace": json.dumps(about)})
+            except SafetensorError as error:
+                raise CtxpruneError(f"`{path}` cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: Path) -> Trace:

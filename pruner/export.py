@@ -11,13 +11,19 @@ from ctxprune.pruner.engine import handle_of
 
 
 def export(
-    folder: Path, out: Path, *, force: bool = False, results: Mapping[str, Any] | None = None
+    folder: Path,
+    out: Path,
+    *,
+    force: bool = False,
+    results: Mapping[str, Any] | None = None,
+    measured: str = "",
 ) -> Path:
     """Write `folder` again to `out`, with a model card.
 
     Args:
         folder: a converted or tuned model. out: the folder to make; force: replace it.
         results: what `ctxprune eval --json` wrote, for the card's table.
+        measured: tables in Markdown for the card, in place of `results`.
 
     Raises:
         CtxpruneError: `folder` is no converted model, or `out` cannot be written.
@@ -28,12 +34,14 @@ def export(
     tokenizer = checkpoint.load_tokenizer(folder)
     with checkpoint.staged(out, force=force) as target:
         checkpoint.write(target, model, handle.gates, handle.config, tokenizer, about["provenance"])
-        card = model_card(about, results)
+        card = model_card(about, results, measured)
         (target / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
-def model_card(about: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+def model_card(
+    about: Mapping[str, Any], results: Mapping[str, Any] | None, measured: str = ""
+) -> str:
     """The card in Markdown: what it is, how to use it, what was measured."""
     base = about["provenance"].get("base", "unknown")
     context = about["config"]["context"]
@@ -65,6 +73,8 @@ def model_card(about: Mapping[str, Any], results: Mapping[str, Any] | None) -> s
         lines += ["", "## Training", "", told]
     if results:
         lines += ["", "## Measured", "", *_table(results)]
+    elif measured:
+        lines += ["", "## Measured", "", measured.rstrip("\n")]
     return "\n".join(lines) + "\n"
 
 
