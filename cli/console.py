@@ -141,7 +141,8 @@ def tuning_progress() -> Iterator[tuple[Callable[[dict[str, Any]], None], Callab
 
 
 def _figures(figures: dict[str, Any]) -> str:
-    parts = [f"loss {figures['lm_loss']:.3f}"]
+    local = figures.get("local_error")
+    parts = [f"loss {figures['lm_loss']:.3f}" if local is None else f"local error {local:.5f}"]
     if "sparsity_hard" in figures:
         parts.append(
             f"target {figures['target']:.2f} soft {figures['sparsity_soft']:.2f} "

@@ -41,6 +41,13 @@ def tune(
         str | None, typer.Option(help="Held-out text for calibration, like --data.")
     ] = None,
     steps: Annotated[int | None, option("Optimizer steps", TuneConfig.steps)] = None,
+    local_steps: Annotated[
+        int | None,
+        option("Steps before, of the gates alone, layer by layer", TuneConfig.local_steps),
+    ] = None,
+    local_lr: Annotated[
+        float | None, option("Peak learning rate of the gates in them", TuneConfig.local_lr)
+    ] = None,
     train: Annotated[str | None, option("gates, lora or full", TuneConfig.train)] = None,
     context: Annotated[int | None, option("Tokens a window", TuneConfig.context)] = None,
     batch_size: Annotated[
@@ -91,6 +98,8 @@ def tune(
             data=data,
             valid=valid,
             steps=steps,
+            local_steps=local_steps,
+            local_lr=local_lr,
             train=train,
             context=context,
             batch_size=batch_size,

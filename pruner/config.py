@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
@@ -124,7 +124,9 @@ class TuneConfig(FromMapping):
         data: training text: .txt/.jsonl(.gz) file, folder, `datasets` name; None: embedded sample.
         valid: held-out text for calibration; None: embedded sample if `data` is, else the last
             twentieth of the training windows, which training then leaves out.
-        steps: optimizer steps.
+        steps: optimizer steps of the model and its gates.
+        local_steps: steps before these, in which each gate learns alone, against the dense output
+            of its own layer. local_lr: peak learning rate of the gates in them.
         train: `gates`, `lora` (gates and LoRA) or `full` (gates and all weights).
         context: tokens a window. batch_size: windows a micro-batch. accumulate: micro-batches a
             step.
@@ -149,6 +151,8 @@ class TuneConfig(FromMapping):
     data: str | None = None
     valid: str | None = None
     steps: int = 300
+    local_steps: int = 0
+    local_lr: float = 1e-2
     train: str = "full"
     context: int = 512
     batch_size: int = 2
@@ -186,11 +190,23 @@ class TuneConfig(FromMapping):
                 check_at_least(name, getattr(self, name), least)
         for name in ("alpha", "sharpness"):
             check_at_least(name, getattr(self, name), 1.0)
-        for name in ("lr", "gate_lr", "penalty", "warmup", "ramp"):
+        for name in ("local_steps", "local_lr", "lr", "gate_lr", "penalty", "warmup", "ramp"):
             check_at_least(name, getattr(self, name), 0.0)
         for name in ("distill", "dense_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise CtxpruneError(f"{name} is a share in [0, 1], not {getattr(self, name):g}")
+
+    @property
+    def ahead(self) -> int:
+        """Steps of the local phase: none where the gates are left alone."""
+        return self.local_steps if self.sparsity > 0.0 else 0
+
+    @property
+    def local(self) -> TuneConfig:
+        """The local phase as a run of its own: pruned at every step, from the first one on."""
+        return replace(
+            self, steps=self.local_steps, gate_lr=self.local_lr, dense_share=0.0, ramp=0.0
+        )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from ctxprune.pruner.dense import DenseCache, dense_attention
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.families import Family, family_of
 from ctxprune.pruner.gate import Gate
-from ctxprune.pruner.soft import SoftAttention, soft_attend
+from ctxprune.pruner.soft import SoftAttention
 
 NAME = "ctxprune"
 OFF = "ctxprune-off"
@@ -92,7 +92,7 @@ class Handle:
         self.soft: SoftAttention | None = None
         self.last_cache: PrunedCache | None = None
         self.block = BLOCK
-        self._model = model
+        self.model = model
         self._usage: Usage | None = None
         self._scored: PrunedCache | None = None  # the cache that this forward pass brought itself
 
@@ -221,7 +221,7 @@ class Handle:
 
     def _switch(self) -> None:
         active = self.policy is not None or self.soft is not None
-        self._model.config._attn_implementation = NAME if active else OFF
+        self.model.config._attn_implementation = NAME if active else OFF
 
     def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: see that a pruned forward pass has a cache, and that the cache knows positions."""
@@ -248,7 +248,7 @@ class Handle:
             kwargs["past_key_values"] = self._scored = cache
             kwargs["use_cache"] = True
         if self.family.bounded:
-            limit = self._model.config.max_position_embeddings
+            limit = self.model.config.max_position_embeddings
             if cache.get_seq_length() + length > limit:
                 raise CtxpruneError(
                     f"this model has positions for {limit} tokens, not "
@@ -357,7 +357,8 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if handle.soft is not None:
         gate = handle.gate_list[call.layer]
-        out = soft_attend(handle.soft, gate, call.layer, query, key, value, hidden, scale=scale)
+        soft = handle.soft
+        out = soft.attend(module, gate, call.layer, query, key, value, hidden, scale=scale)
     else:
         assert cache is not None and cache.reading is not None
         out = attend(

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from ctxprune.pruner.config import TuneConfig
 from ctxprune.pruner.gate import sparsity_of
 
+# Weight of the sparsity penalty against the log of the local error.
+LOCAL_PULL = 4.0
+
 
 def lm_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """Mean cross-entropy in nats of every token but the first; logits (b, n, vocab), ids (b, n)."""
@@ -34,6 +37,18 @@ def sparsity_penalty(kept: Tensor, sparsity: float) -> Tensor:
     the level that was asked for.
     """
     return (kept.clamp_min(1e-6) / (1.0 - sparsity)).log().square()
+
+
+def local_loss(errors: Tensor, kept: Tensor, sparsity: float) -> Tensor:
+    """What the gates alone descend: log of the layers' mean error, and the pull to the level.
+
+    The logarithm makes the levels count alike; the pull is as strong as it takes to end within a
+    few points of the level.
+
+    Args:
+        errors: (layers,), see `local.LocalAttention`. kept: soft share of the pairs, a scalar.
+    """
+    return errors.mean().log() + LOCAL_PULL * sparsity_penalty(kept, sparsity)
 
 
 def progress(step: int, start: float, end: float) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctxprune.pruner.gate import Gate, free_pairs, log_survival, margin, no_autocast
 from ctxprune.pruner.levels import Level
@@ -47,6 +47,21 @@ class SoftAttention:
         self.hard_kept: dict[int, Tensor] = {}
         self.live: dict[int, Tensor] = {}
         self.margins: dict[int, Tensor] | None = None
+
+    def attend(
+        self,
+        module: nn.Module,
+        gate: Gate,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden: Tensor,
+        *,
+        scale: float,
+    ) -> Tensor:
+        """What an attention module gives on to its output projection: see `soft_attend`."""
+        return soft_attend(self, gate, layer, query, key, value, hidden, scale=scale)
 
     def decide(
         self, gate: Gate, query: Tensor, key: Tensor, start: int, before: Tensor

@@ -34,12 +34,14 @@ from ctxprune.pruner.calibrate import calibrate
 from ctxprune.pruner.config import TuneConfig
 from ctxprune.pruner.engine import Handle, handle_of
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
+from ctxprune.pruner.local import LocalAttention
 from ctxprune.pruner.metrics import Metrics
 from ctxprune.pruner.objective import (
     distillation_loss,
     hardening,
     learning_rate_factor,
     lm_loss,
+    local_loss,
     sample_level,
     sparsity_penalty,
 )
@@ -64,23 +66,28 @@ class Trainee(nn.Module):
         self.config = config
 
     def forward(
-        self, ids: Tensor, level: float, sharpness: float, alpha: float
+        self, ids: Tensor, level: float, sharpness: float, alpha: float, local: bool = False
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Loss and figures of ids (b, n) at a level, 0 being dense."""
+        """Loss and figures of ids (b, n) at a level, 0 being dense; local: of the gates alone."""
         if level == 0.0:
             with self.handle.training(None):
                 loss = lm_loss(self.model(ids, use_cache=False).logits, ids)
             return loss, {"lm_loss": loss.detach()}
         prune = self.handle.config
-        setting = levels_module.Level(levels_module.prior(level, ids.shape[1]), 0.0)
-        soft = SoftAttention(
-            setting, prune.protect_first, prune.protect_recent, sharpness=sharpness, alpha=alpha
+        soft = (LocalAttention if local else SoftAttention)(
+            levels_module.Level(levels_module.prior(level, ids.shape[1]), 0.0),
+            prune.protect_first,
+            prune.protect_recent,
+            sharpness=sharpness,
+            alpha=alpha,
         )
+        if isinstance(soft, LocalAttention):
+            return self._local(ids, level, soft)
         teacher = self._teach(ids) if self.config.distill > 0.0 else None
         with self.handle.training(soft):
             logits = self.model(ids, use_cache=False).logits
         task = lm_loss(logits, ids)
-        kept = torch.stack([soft.kept[layer] for layer in sorted(soft.kept)]).mean()
+        kept = _mean(soft.kept)
         loss = task * (1.0 - self.config.distill)
         seen: dict[str, Any] = {}
         if teacher is not None:
@@ -88,22 +95,39 @@ class Trainee(nn.Module):
             loss = loss + self.config.distill * divergence
             seen["divergence"] = divergence.detach()
         loss = loss + self.config.penalty * sparsity_penalty(kept, level)
-        layers = sorted(soft.hard_kept)
-        return loss, {
-            **seen,
-            "lm_loss": task.detach(),
-            "target": level,
-            "sparsity_soft": 1.0 - float(kept.detach()),
-            "sparsity_hard": 1.0 - float(sum(soft.hard_kept.values())) / len(layers),
-            "layers_hard": [1.0 - float(soft.hard_kept[layer]) for layer in layers],
-            "layers_live": [float(soft.live[layer]) for layer in layers],
-        }
+        return loss, {**seen, "lm_loss": task.detach(), **_realised(soft, level)}
+
+    def _local(
+        self, ids: Tensor, level: float, soft: LocalAttention
+    ) -> tuple[Tensor, dict[str, Any]]:
+        model = self.handle.model
+        with soft.watch(model), self.handle.training(soft):
+            model(ids, use_cache=False, logits_to_keep=1)
+        errors = torch.stack([soft.errors[layer] for layer in sorted(soft.errors)])
+        loss = local_loss(errors, _mean(soft.kept), level)
+        return loss, {"local_error": errors.detach().mean(), **_realised(soft, level)}
 
     @torch.no_grad()
     def _teach(self, ids: Tensor) -> Tensor:
         """Logits of this very model with its gates off: no second copy, and it learns along."""
         with self.handle.training(None):
             return self.model(ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def _mean(shares: dict[int, Tensor]) -> Tensor:
+    return torch.stack([shares[layer] for layer in sorted(shares)]).mean()
+
+
+def _realised(soft: SoftAttention, level: float) -> dict[str, Any]:
+    """What was dropped, softly and hard, beside the level that was asked for."""
+    layers = sorted(soft.hard_kept)
+    return {
+        "target": level,
+        "sparsity_soft": 1.0 - float(_mean(soft.kept).detach()),
+        "sparsity_hard": 1.0 - float(sum(soft.hard_kept.values())) / len(layers),
+        "layers_hard": [1.0 - float(soft.hard_kept[layer]) for layer in layers],
+        "layers_live": [float(soft.live[layer]) for layer in layers],
+    }
 
 
 def tune(
@@ -151,11 +175,13 @@ def tune(
     trainee = Trainee(model, handle, config)
     tokens = config.context * config.batch_size * config.accumulate * accelerator.num_processes
     if config.max_tokens is not None:
-        steps = min(config.steps, max(config.max_tokens // tokens, 1))
+        within = config.max_tokens // tokens - config.ahead
+        steps = min(config.steps, max(within, 1))
         config = dataclasses.replace(config, steps=steps)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
     run = _Run(work, folder, config, trainee, optimizer)
     start = run.restore() if resume else 0
+    total_steps = config.ahead + config.steps
     if accelerator.is_main_process:
         run.begin(start)
     accelerator.wait_for_everyone()
@@ -163,7 +189,7 @@ def tune(
     on_phase("tuning")
     with _stop_signals() as stop:
         clock, before = time.monotonic(), run.seconds
-        for step in range(start, config.steps):
+        for step in range(start, total_steps):
             figures = _step(
                 step, prepared, prepared_optimizer, accelerator, run, config, train_windows
             )
@@ -171,8 +197,8 @@ def tune(
             run.seconds = before + here
             pace = (step + 1 - start) / here
             figures["tokens_per_s"] = pace * tokens
-            figures["eta_s"] = (config.steps - step - 1) / pace
-            last = step + 1 == config.steps or _time_is_up(run.seconds, config)
+            figures["eta_s"] = (total_steps - step - 1) / pace
+            last = step + 1 == total_steps or _time_is_up(run.seconds, config)
             if accelerator.is_main_process:
                 run.metrics.log(figures)
                 if on_step is not None:
@@ -184,7 +210,7 @@ def tune(
             if stop.is_set():
                 run.metrics.close()
                 raise Interrupted(
-                    f"stopped after step {step + 1} of {config.steps}; the state is saved",
+                    f"stopped after step {step + 1} of {total_steps}; the state is saved",
                     "go on with `--resume`",
                 )
     run.metrics.close()
@@ -216,22 +242,24 @@ def _step(
     config: TuneConfig,
     windows: Tensor,
 ) -> dict[str, Any]:
-    """One optimizer step; returns its figures."""
-    factor = learning_rate_factor(step, config)
+    """One optimizer step; returns its figures. Each phase counts its own steps."""
+    local = step < config.ahead
+    phase, at = (config.local, step) if local else (config, step - config.ahead)
+    factor = learning_rate_factor(at, phase)
     for group in run.optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
-    sharpness, alpha = hardening(step, config)
-    torch.manual_seed(config.seed * 1_000_003 + step)
+        group["lr"] = factor * getattr(phase, group["rate"])
+    sharpness, alpha = hardening(at, phase)
+    torch.manual_seed(config.seed * 1_000_003 + at)
     figures: dict[str, Any] = {}
     total = 0.0
-    trainee.train()
+    trainee.train(not local)
     for index in range(config.accumulate):
         # N processes do in a step what one does that accumulates N times as often.
         place = index * accelerator.num_processes + accelerator.process_index
-        ids = _batch(windows, step, place, config, accelerator.num_processes)
-        level = sample_level(step, place, config)
+        ids = _batch(windows, at, place, config, accelerator.num_processes)
+        level = sample_level(at, place, phase)
         with accelerator.accumulate(trainee):
-            loss, seen = trainee(ids.to(accelerator.device), level, sharpness, alpha)
+            loss, seen = trainee(ids.to(accelerator.device), level, sharpness, alpha, local)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trainee.parameters(), 1.0)
@@ -246,7 +274,7 @@ def _step(
         )
     return {
         "step": step + 1,
-        "steps": config.steps,
+        "steps": config.ahead + config.steps,
         "loss": total,
         "lr": run.optimizer.param_groups[-1]["lr"],
         "sharpness": sharpness,
@@ -317,9 +345,9 @@ def trainable(
     gates = [p for p in handle.gates.parameters() if p.requires_grad]
     weights = [p for p in model.parameters() if p.requires_grad]
     if gates:
-        groups.append({"params": gates, "lr": config.gate_lr, "peak": config.gate_lr})
+        groups.append({"params": gates, "rate": "gate_lr"})
     if weights:
-        groups.append({"params": weights, "lr": config.lr, "peak": config.lr})
+        groups.append({"params": weights, "rate": "lr"})
     return model, groups
 
 

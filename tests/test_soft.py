@@ -15,7 +15,13 @@ HEADS, KEY_HEADS, WIDTH, HIDDEN = 6, 2, 4, 12
 
 
 def written_out(
-    soft: SoftAttention, gate: Gate, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor
+    soft: SoftAttention,
+    gate: Gate,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden: Tensor,
+    scale: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
     """softmax(Q K^T scale + log I) V with n x n tensors, and the mean of I over j < k."""
     batch, length = hidden.shape[:2]
@@ -30,7 +36,7 @@ def written_out(
     bias = log_kept.clamp_min(-1e4).masked_fill(~causal, -torch.inf)[:, None]
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    weights = (query @ key.transpose(-1, -2) * 0.5 + bias).softmax(dim=-1)
+    weights = (query @ key.transpose(-1, -2) * scale + bias).softmax(dim=-1)
     return weights @ value, kept / (batch * length * (length - 1) / 2)
 
 

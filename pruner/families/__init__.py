@@ -20,15 +20,23 @@ class Family:
     """What differs between architectures.
 
     Attributes:
-        attentions: the attention modules of a model, in layer order. Each takes `hidden_states`
-            and `past_key_values`, and calls the registered attention function.
+        blocks: the decoder blocks of a model, in order; their input is the residual stream.
+        attention: the name of a block's attention module, which takes `hidden_states` and
+            `past_key_values`, and calls the registered attention function.
+        output: the name of an attention module's output projection.
         lora_targets: names of the projections that LoRA adapts.
         bounded: positions are learned, so `max_position_embeddings` is a hard limit.
     """
 
-    attentions: Callable[[PreTrainedModel], list[nn.Module]]
+    blocks: Callable[[PreTrainedModel], list[nn.Module]]
+    attention: str
+    output: str
     lora_targets: tuple[str, ...]
     bounded: bool = False
+
+    def attentions(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The attention modules of a model, in layer order."""
+        return [block.get_submodule(self.attention) for block in self.blocks(model)]
 
 
 def names() -> list[str]:

@@ -9,13 +9,15 @@ from transformers import PreTrainedModel
 from ctxprune.pruner.families import Family
 
 
-def _attentions(model: PreTrainedModel) -> list[Any]:
+def _blocks(model: PreTrainedModel) -> list[Any]:
     inner: Any = model.transformer
-    return [block.attn for block in inner.h]
+    return list(inner.h)
 
 
 FAMILY = Family(
-    attentions=_attentions,
+    blocks=_blocks,
+    attention="attn",
+    output="c_proj",
     lora_targets=("c_attn", "c_proj", "c_fc"),
     bounded=True,
 )

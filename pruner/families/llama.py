@@ -9,13 +9,15 @@ from transformers import PreTrainedModel
 from ctxprune.pruner.families import Family
 
 
-def _attentions(model: PreTrainedModel) -> list[Any]:
+def _blocks(model: PreTrainedModel) -> list[Any]:
     inner: Any = model.model
-    return [layer.self_attn for layer in inner.layers]
+    return list(inner.layers)
 
 
 FAMILY = Family(
-    attentions=_attentions,
+    blocks=_blocks,
+    attention="self_attn",
+    output="o_proj",
     lora_targets=(
         "q_proj",
         "k_proj",
