@@ -124,7 +124,7 @@ class TuneConfig(FromMapping):
         data: training text: .txt/.jsonl(.gz) file, folder, `datasets` name; None: embedded sample.
         valid: held-out text for calibration; None: embedded sample if `data` is, else the last
             twentieth of the training windows, which training then leaves out.
-        steps: optimizer steps of the model and its gates.
+        steps: optimizer steps of the model and its gates; 0 where the local phase is all.
         local_steps: steps before these, in which each gate learns alone, against the dense output
             of its own layer. local_lr: peak learning rate of the gates in them.
         train: `gates`, `lora` (gates and LoRA) or `full` (gates and all weights).
@@ -139,6 +139,8 @@ class TuneConfig(FromMapping):
         distill: weight in [0, 1] of the divergence from the same model with its gates off,
             against the LM loss.
         dense_share: share of the micro-batches that are read with the gates off.
+        spread: share of the others whose level is drawn from the whole range, and not `sparsity`:
+            what makes one checkpoint serve all levels.
         lora_rank: rank of the LoRA matrices.
         seed: of the data order, the sampled levels and dropout.
         max_tokens: of training text; fewer steps than `steps` then make the whole schedule.
@@ -166,6 +168,7 @@ class TuneConfig(FromMapping):
     alpha: float = 1.0
     distill: float = 0.0
     dense_share: float = 0.5
+    spread: float = 0.5
     lora_rank: int = 16
     seed: int = 0
     max_tokens: int | None = None
@@ -182,7 +185,8 @@ class TuneConfig(FromMapping):
                 "give a level such as `--sparsity 0.8`, or `--train full` for a dense control",
             )
         choose("value of train", self.train, TRAINABLE)
-        for name in ("steps", "batch_size", "accumulate", "lora_rank", "save_every"):
+        check_at_least("steps", self.steps, 0 if self.ahead else 1)
+        for name in ("batch_size", "accumulate", "lora_rank", "save_every"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("context", self.context, 16)
         for name, least in (("max_tokens", 1), ("max_minutes", 0)):
@@ -192,7 +196,7 @@ class TuneConfig(FromMapping):
             check_at_least(name, getattr(self, name), 1.0)
         for name in ("local_steps", "local_lr", "lr", "gate_lr", "penalty", "warmup", "ramp"):
             check_at_least(name, getattr(self, name), 0.0)
-        for name in ("distill", "dense_share"):
+        for name in ("distill", "dense_share", "spread"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise CtxpruneError(f"{name} is a share in [0, 1], not {getattr(self, name):g}")
 

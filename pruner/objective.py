@@ -14,9 +14,6 @@ from torch.nn import functional as F
 from ctxprune.pruner.config import TuneConfig
 from ctxprune.pruner.gate import sparsity_of
 
-# Weight of the sparsity penalty against the log of the local error.
-LOCAL_PULL = 4.0
-
 
 def lm_loss(logits: Tensor, ids: Tensor) -> Tensor:
     """Mean cross-entropy in nats of every token but the first; logits (b, n, vocab), ids (b, n)."""
@@ -39,16 +36,12 @@ def sparsity_penalty(kept: Tensor, sparsity: float) -> Tensor:
     return (kept.clamp_min(1e-6) / (1.0 - sparsity)).log().square()
 
 
-def local_loss(errors: Tensor, kept: Tensor, sparsity: float) -> Tensor:
-    """What the gates alone descend: log of the layers' mean error, and the pull to the level.
+def local_loss(errors: Tensor) -> Tensor:
+    """Log of the mean of the layers' errors (layers,), see `local.LocalAttention`.
 
-    The logarithm makes the levels count alike; the pull is as strong as it takes to end within a
-    few points of the level.
-
-    Args:
-        errors: (layers,), see `local.LocalAttention`. kept: soft share of the pairs, a scalar.
+    Errors grow with the level of sparsity; their logarithms make all levels count alike.
     """
-    return errors.mean().log() + LOCAL_PULL * sparsity_penalty(kept, sparsity)
+    return errors.mean().log()
 
 
 def progress(step: int, start: float, end: float) -> float:
@@ -75,9 +68,10 @@ def sample_level(step: int, index: int, config: TuneConfig) -> float:
     """The level that micro-batch `index` of a step is trained at; 0 is dense.
 
     A `dense_share` is dense, so that the dense end of the dial stays the best one (gates alone
-    learn nothing there); half of the others are the level asked for, half have a window drawn
-    evenly by its logarithm between 1/128 and 1/2 of the context. All are scaled down during the
-    ramp. It is a function of the seed and the step alone, so that a resumed run draws the same.
+    learn nothing there); a `spread` of the others have a window drawn evenly by its logarithm
+    between 1/128 and 1/2 of the context, the rest are the level asked for. All are scaled down
+    during the ramp. It is a function of the seed and the step alone, so that a resumed run draws
+    the same.
     """
     if config.sparsity == 0.0:
         return 0.0
@@ -85,7 +79,7 @@ def sample_level(step: int, index: int, config: TuneConfig) -> float:
     if draw.random() < config.dense_share and config.train != "gates":
         return 0.0
     level = config.sparsity
-    if draw.random() < 0.5:
+    if draw.random() < config.spread:
         widest, narrowest = math.log(config.context / 2), math.log(max(config.context / 128, 4))
         level = sparsity_of(math.exp(draw.uniform(narrowest, widest)), config.context)
     return level * progress(step + 1, 0, config.ramp * config.steps)

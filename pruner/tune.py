@@ -104,7 +104,8 @@ class Trainee(nn.Module):
         with soft.watch(model), self.handle.training(soft):
             model(ids, use_cache=False, logits_to_keep=1)
         errors = torch.stack([soft.errors[layer] for layer in sorted(soft.errors)])
-        loss = local_loss(errors, _mean(soft.kept), level)
+        penalty = self.config.penalty * sparsity_penalty(_mean(soft.kept), level)
+        loss = local_loss(errors) + penalty
         return loss, {"local_error": errors.detach().mean(), **_realised(soft, level)}
 
     @torch.no_grad()
@@ -176,7 +177,7 @@ def tune(
     tokens = config.context * config.batch_size * config.accumulate * accelerator.num_processes
     if config.max_tokens is not None:
         within = config.max_tokens // tokens - config.ahead
-        steps = min(config.steps, max(within, 1))
+        steps = min(config.steps, max(within, 0 if config.ahead else 1))
         config = dataclasses.replace(config, steps=steps)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
     run = _Run(work, folder, config, trainee, optimizer)

@@ -167,8 +167,8 @@ from ctxprune.pruner.config import TuneConfig
 from ctxprune.pruner.tune import tune
 torch.set_num_threads(1)
 folder, out, text, accumulate, train = sys.argv[1:]
-config = TuneConfig(sparsity=0.7, steps=6, context=128, batch_size=1, accumulate=int(accumulate),
-                    lr=1e-3, train=train, distill=0.5, data=text)
+config = TuneConfig(sparsity=0.7, steps=6, local_steps=2, context=128, batch_size=1,
+                    accumulate=int(accumulate), lr=1e-3, train=train, distill=0.5, data=text)
 tune(Path(folder), Path(out), config)
 print("processes:", torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
 """
@@ -205,7 +205,7 @@ def test_two_processes_do_what_one_does(
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, atol=2e-4, rtol=1e-3)
     lines = (two / METRICS).read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_budget_of_tokens_or_of_time_ends_the_run(
@@ -255,6 +255,8 @@ def test_schedules() -> None:
     assert levels[0] <= 0.1 and max(levels) <= sparsity_of(4, 128)
     assert 0.4 < sum(level == 0 for level in levels) / 400 < 0.6
     assert 0.15 < sum(level == config.sparsity for level in levels) / 400 < 0.35
+    alone = dataclasses.replace(config, spread=0.0)
+    assert {sample_level(step, 0, alone) for step in range(50, 400)} == {0.0, 0.7}
     control = dataclasses.replace(config, sparsity=0.0)
     assert not any(sample_level(step, 0, control) for step in range(400))
     gates = dataclasses.replace(config, train="gates")
@@ -269,6 +271,7 @@ def test_schedules() -> None:
         ({"sparsity": 0.0, "train": "gates"}, "nothing to learn"),
         ({"train": "some"}, "unknown value of train"),
         ({"steps": 0}, "at least 1"),
+        ({"steps": 0, "local_steps": 5, "sparsity": 0.0}, "at least 1"),
         ({"distill": 2.0}, "share in"),
         ({"sparsty": 0.8}, "did you mean `sparsity`"),
     ],
