@@ -22,7 +22,7 @@ from ctxprune.pruner.data import read_texts, windows
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.tune import Trainee, trainable
 
-DENSE, GATED, DISTILLED = "dense", "gated", "gated, distilled"
+DENSE, GATED, DISTILLED, LOCAL = "dense", "gated", "gated, distilled", "gates, local"
 PACKAGES = ("ctxprune", "torch", "transformers")
 
 
@@ -78,10 +78,11 @@ def training_cost(
     model, _ = trainable(subject.model, handle, config.tuning())
     plain = Trainee(model, handle, config.tuning())
     distilled = Trainee(model, handle, config.tuning(distill=0.5))
-    lanes: dict[str, tuple[nn.Module, float]] = {
-        DENSE: (plain, 0.0),
-        GATED: (plain, 0.8),
-        DISTILLED: (distilled, 0.8),
+    lanes: dict[str, tuple[nn.Module, float, bool]] = {
+        DENSE: (plain, 0.0, False),
+        GATED: (plain, 0.8, False),
+        DISTILLED: (distilled, 0.8, False),
+        LOCAL: (plain, 0.8, True),
     }
     texts = read_texts(config.text, "eval")
     rows = []
@@ -89,14 +90,14 @@ def training_cost(
         ids = prompts(windows(subject.tokenizer, texts, context), config.batch)
         seconds: dict[str, list[float]] = {mode: [] for mode in lanes}
         peaks = {}
-        for mode, (trainee, level) in lanes.items():
+        for mode, lane in lanes.items():
             say(f"context {context}: {mode}")
-            peaks[mode] = peak_of(partial(_step, trainee, ids, level, config.bf16), ids.device)
+            peaks[mode] = peak_of(partial(_step, ids, config.bf16, *lane), ids.device)
         # In turns, so that what else the machine does meets all of them.
         for _ in range(config.repeats):
-            for mode, (trainee, level) in lanes.items():
+            for mode, lane in lanes.items():
                 began = time.perf_counter()
-                _step(trainee, ids, level, config.bf16)
+                _step(ids, config.bf16, *lane)
                 seconds[mode].append(time.perf_counter() - began)
         dense = median(seconds[DENSE])
         rows += [
@@ -122,8 +123,8 @@ def training_cost(
     }
 
 
-def _step(trainee: nn.Module, ids: Tensor, level: float, bf16: bool) -> None:
+def _step(ids: Tensor, bf16: bool, trainee: nn.Module, level: float, local: bool) -> None:
     with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=bf16):
-        loss, _ = trainee(ids, level, 2.0, 1.0)
+        loss, _ = trainee(ids, level, 2.0, 1.0, local)
     loss.backward()
     trainee.zero_grad(set_to_none=True)

@@ -78,7 +78,7 @@ def _measure(
         )
         soft.margins = {}
         with handle.training(soft):
-            model(window[None].to(model.device), use_cache=False)
+            model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
         for layer, margin in soft.margins.items():
             pairs = margin[0].cpu()[later, earlier]
             kept[layer] += float((pairs > 0).double().mean()) / len(windows)

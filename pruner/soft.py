@@ -222,6 +222,9 @@ class _ChunkedAttention(torch.autograd.Function):
             grad_slope += d_slope
             grad_bias += d_bias
             grad_after = d_before
+        # What this pass gave hangs on `soft`, and `soft` here: a cycle through the graph, which
+        # Python's collector cannot see, so all nodes of every step would stay.
+        ctx.how = None
         return (
             grad_q.flatten(1, 2).to(query.dtype),
             grad_k.to(key.dtype),

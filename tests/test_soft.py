@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,6 +72,16 @@ def test_values_and_gradients_are_those_of_the_equations(
     ]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_nothing_of_a_pass_outlives_it() -> None:
+    """What it noted refers to its graph, and the graph to it: that cycle has to be cut."""
+    gate, tensors = case(24)
+    soft = SoftAttention(Level(1.5), 1, 1)
+    soft_attend(soft, gate, 0, *tensors, scale=0.5).sum().backward()
+    noted = weakref.ref(soft.kept[0])
+    del soft
+    assert noted() is None
 
 
 def test_what_is_kept_for_the_backward_pass_grows_linearly() -> None:

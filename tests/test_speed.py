@@ -22,6 +22,7 @@ from ctxprune.evals.training_cost import (
     DENSE,
     DISTILLED,
     GATED,
+    LOCAL,
     TrainingCostConfig,
     training_cost,
 )
@@ -271,10 +272,10 @@ def test_a_step_of_tuning_beside_a_dense_one(
     results = training_cost(tiny_folder("llama"), config, on_event=events.append)
     rows = results["rows"]
     assert [(row["context"], row["mode"]) for row in rows] == [
-        (context, mode) for context in (32, 64) for mode in (DENSE, GATED, DISTILLED)
+        (context, mode) for context in (32, 64) for mode in (DENSE, GATED, DISTILLED, LOCAL)
     ]
     assert events == [f"context {row['context']}: {row['mode']}" for row in rows]
     for row in rows:
         assert 0 < row["step_s"]["min"] <= row["step_s"]["median"] <= row["step_s"]["max"]
         assert row["peak_bytes"] is None or row["peak_bytes"] > 0
-    assert rows[0]["ratio"] == rows[3]["ratio"] == 1.0
+    assert rows[0]["ratio"] == rows[4]["ratio"] == 1.0
