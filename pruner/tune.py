@@ -22,7 +22,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast_object_list,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -160,6 +164,11 @@ def tune(
         # A dense micro-batch uses no gate.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if accelerator.distributed_type is DistributedType.FSDP:
+        raise CtxpruneError(
+            "tuning cannot be sharded by FSDP: its state and its adapter are whole tensors",
+            "leave FSDP off; `--train lora --checkpointing` saves memory on every process",
+        )
     on_phase = on_phase if on_phase and accelerator.is_main_process else _say_nothing
     if resume and not (work / STATE).is_file():
         raise CtxpruneError(

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -279,6 +281,15 @@ def test_schedules() -> None:
 def test_bad_settings_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(CtxpruneError, match=message):
         TuneConfig.from_mapping(options, "a test")
+
+
+def test_sharding_is_refused(
+    tiny_folder: Make, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(CtxpruneError, match="FSDP"):
+        tune(tiny_folder("gpt2"), tmp_path / "out", run_config(text_file))
+    assert list(tmp_path.glob("*out*")) == []
 
 
 def test_texts_that_will_not_do(tiny_folder: Make, text_file: Path, tmp_path: Path) -> None:
