@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from ctxprune.cli.console import say
-from ctxprune.cli.options import Force, Out, given
+from ctxprune.cli.options import Force, Out, given, option
 from ctxprune.cli.workspace import set_current
+from ctxprune.pruner.config import PruneConfig
 
 EXAMPLES = """
 Examples:
@@ -35,6 +36,13 @@ def convert(
     protect_recent: Annotated[
         int | None, typer.Option(help="Newest tokens that are never dropped.")
     ] = None,
+    attention_bonus: Annotated[
+        float | None,
+        option(
+            "Weight of the attention that a row received beside its margin",
+            PruneConfig.attention_bonus,
+        ),
+    ] = None,
     max_rows: Annotated[
         int | None, typer.Option(help="Cap on the rows of a sequence in a layer.")
     ] = None,
@@ -51,13 +59,13 @@ def convert(
     With an adapter it is tuned already, and the adapter's own settings count.
     """
     from ctxprune.pruner import convert as conversion
-    from ctxprune.pruner.config import PruneConfig
 
     config = PruneConfig(
         **given(
             rank=rank,
             protect_first=protect_first,
             protect_recent=protect_recent,
+            attention_bonus=attention_bonus,
             max_rows=max_rows,
         )
     )

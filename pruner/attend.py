@@ -226,12 +226,12 @@ def _weighted(
     """The same, written out, with the weights (b, q, r), float32 or wider, mean over the heads."""
     batch, heads, queries, width = query.shape
     groups = heads // key.shape[1]
-    folded = query.reshape(batch, key.shape[1], groups, queries, width)
-    logits = (folded @ key[:, :, None].transpose(-1, -2)) * scale
-    logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
+    folded = query.reshape(batch, key.shape[1], groups * queries, width)
+    logits = (folded @ key.transpose(-1, -2)).mul_(scale).unflatten(2, (groups, queries))
+    logits = logits.masked_fill_(~visible[:, None, None], -torch.inf)
     wide = torch.promote_types(logits.dtype, torch.float32)
     weights = logits.softmax(dim=-1, dtype=wide)
-    out = (weights.to(value.dtype) @ value[:, :, None]).reshape(batch, heads, queries, -1)
+    out = (weights.flatten(2, 3).to(value.dtype) @ value).reshape(batch, heads, queries, -1)
     return out, weights.mean(dim=(1, 2))
 
 

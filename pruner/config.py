@@ -81,6 +81,9 @@ class PruneConfig(FromMapping):
         rank: width r of the interaction query and key.
         protect_first: first tokens of a sequence that are never dropped (attention sinks).
         protect_recent: newest tokens that are never dropped.
+        attention_bonus: weight of what a row was good for so far (log of the attention that it
+            received, times the norm of its value) beside its margin of survival; 0: the margin
+            alone, and attention weights need not be computed apart.
         context: length in tokens that the gates were tuned and calibrated at.
         levels: sparsity -> share of the pairs j < k that each layer keeps; empty until tuned.
         tuned: the sparsity asked for at tuning, 0 until then; what `load` uses by default.
@@ -90,6 +93,7 @@ class PruneConfig(FromMapping):
     rank: int = 32
     protect_first: int = 1
     protect_recent: int = 1
+    attention_bonus: float = 1.0
     context: int = 512
     levels: Mapping[float, tuple[float, ...]] = field(default_factory=dict)
     tuned: float = 0.0
@@ -99,6 +103,7 @@ class PruneConfig(FromMapping):
         check_at_least("rank", self.rank, 1)
         check_at_least("protect_first", self.protect_first, 0)
         check_at_least("protect_recent", self.protect_recent, 1)
+        check_at_least("attention_bonus", self.attention_bonus, 0.0)
         check_at_least("context", self.context, 2)
         check_sparsity(self.tuned)
         if self.max_rows is not None:
@@ -204,6 +209,11 @@ class TuneConfig(FromMapping):
     def ahead(self) -> int:
         """Steps of the local phase: none where the gates are left alone."""
         return self.local_steps if self.sparsity > 0.0 else 0
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of both phases."""
+        return self.ahead + self.steps
 
     @property
     def local(self) -> TuneConfig:

@@ -191,7 +191,7 @@ def tune(
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
     run = _Run(work, folder, config, trainee, optimizer)
     start = run.restore() if resume else 0
-    total_steps = config.ahead + config.steps
+    total_steps = config.total_steps
     if accelerator.is_main_process:
         run.begin(start)
     accelerator.wait_for_everyone()
@@ -284,7 +284,7 @@ def _step(
         )
     return {
         "step": step + 1,
-        "steps": config.ahead + config.steps,
+        "steps": config.total_steps,
         "loss": total,
         "lr": run.optimizer.param_groups[-1]["lr"],
         "sharpness": sharpness,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,20 +129,54 @@ def test_one_pass_is_token_by_token_is_any_block(family: str, dtype: str, policy
             assert torch.equal(cache.expires[layer], expected)
 
 
+@dataclass
+class Noting(SoftAttention):
+    """Training's attention that also notes what the first layer attends with."""
+
+    def attend(self, *args: Any, **options: Any) -> Tensor:
+        """As in training."""
+        if args[2] == 0:
+            self.first = args[3:6]
+        return super().attend(*args, **options)
+
+
+def contribution_by_hand(
+    query: Tensor, key: Tensor, value: Tensor, k: int, held: list[int]
+) -> Tensor:
+    """What query k takes from each token that is held: its attention times the norm of its value.
+
+    query (h, n, d), key and value (h_kv, n, d); returns (held,), both factors means over heads.
+    """
+    key = key.repeat_interleave(len(query) // len(key), dim=0)
+    logits = key[:, held] @ query[:, k, :, None] * query.shape[-1] ** -0.5
+    attention = logits.softmax(dim=1).mean(dim=0)[:, 0]
+    return attention * value[:, held].norm(dim=-1).mean(dim=0)
+
+
 def ranked_by_hand(
-    margins: Callable[[int], Tensor], rows: int, period: int, length: int, first: int
+    margins: Tensor,
+    contribution: Callable[[int, list[int]], Tensor],
+    bonus: float,
+    rows: int,
+    period: int,
+    first: int,
 ) -> Tensor:
     """expires (n,) of one layer and sequence, from the rule as docs/method.md writes it.
 
-    `margins(k)`: (n,) the least score of each token over the queries up to k.
+    Args:
+        margins: (n, n), [k, j] the least score of token j over the queries up to k.
+        contribution: of the held tokens to a query k, (held,).
     """
+    length = len(margins)
     held: list[int] = []
+    received = torch.zeros(length, dtype=margins.dtype)
     expires = torch.full((length,), NEVER)
     for k in range(length):
         held.append(k)
+        received[held] += contribution(k, held)
         if (k + 1) % period == 0 and len(held) > rows:
-            margin = margins(k).tolist()
-            worth = sorted(held, key=lambda j: (j >= first, -margin[j], -j))
+            score = (margins[k] + bonus * received.log()).tolist()
+            worth = sorted(held, key=lambda j: (j >= first, -score[j], -j))
             for j in worth[rows:]:
                 expires[j] = k + 1
             held = sorted(worth[:rows])
@@ -147,11 +184,13 @@ def ranked_by_hand(
 
 
 @matrix
-def test_eviction_is_the_ranking_written_out(family: str) -> None:
+@pytest.mark.parametrize("bonus", [0.0, 1.0])
+def test_eviction_is_the_ranking_written_out(family: str, bonus: float) -> None:
     """The first layer, whose input no eviction changes, by the equations and a Python loop."""
     model, handle = pruning_model(family)
+    handle.config = replace(handle.config, attention_bonus=bonus)
     ids = random_ids(2, LENGTH)
-    soft = SoftAttention(Level(prior(0.8, LENGTH)), 2, 3, hard=True)
+    soft = Noting(Level(prior(0.8, LENGTH)), 2, 3, hard=True)
     soft.margins = {}
     with handle.training(soft):
         logits_of(model, ids, use_cache=False)
@@ -162,8 +201,9 @@ def test_eviction_is_the_ranking_written_out(family: str) -> None:
     logits_of(model, ids, past_key_values=cache)
     assert cache.expires is not None
     for sequence, margins in enumerate(soft.margins[0]):
+        contribution = partial(contribution_by_hand, *(t[sequence] for t in soft.first))
         expected = ranked_by_hand(
-            margins.__getitem__, int(budget.after(0)), int(budget.period), LENGTH, 2
+            margins, contribution, bonus, int(budget.after(0)), int(budget.period), 2
         )
         assert torch.equal(cache.expires[0][sequence], expected)
 
