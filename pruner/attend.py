@@ -226,8 +226,8 @@ def _weighted(
     """The same, written out, with the weights (b, q, r), float32 or wider, mean over the heads."""
     batch, heads, queries, width = query.shape
     groups = heads // key.shape[1]
-    folded = query.reshape(batch, key.shape[1], groups * queries, width)
-    logits = (folded @ key.transpose(-1, -2)).mul_(scale).unflatten(2, (groups, queries))
+    folded = (query * scale).reshape(batch, key.shape[1], groups * queries, width)
+    logits = (folded @ key.transpose(-1, -2)).unflatten(2, (groups, queries))
     logits = logits.masked_fill_(~visible[:, None, None], -torch.inf)
     wide = torch.promote_types(logits.dtype, torch.float32)
     weights = logits.softmax(dim=-1, dtype=wide)
