@@ -305,7 +305,7 @@ def handle_of(model: nn.Module) -> Handle:
 
 
 def new_gates(model: PreTrainedModel, config: PruneConfig, seed: int = 0) -> nn.ModuleList:
-    """Fresh gates for a model, float32: they act as "sinks + window" until tuned."""
+    """Fresh gates for a model, float32: their margins are those of "sinks + window" until tuned."""
     count = len(family_of(model.config).attentions(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

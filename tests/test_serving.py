@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,9 @@ def test_the_cap_holds_over_16k_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @matrix
 def test_a_cap_alone_prunes_a_model_at_sparsity_0(family: str) -> None:
-    """As a window with sinks does, as long as the gate has learned nothing."""
+    """As a window with sinks does, as long as the gate has learned nothing and no bonus counts."""
     model, handle = pruning_model(family)
+    handle.config = replace(handle.config, attention_bonus=0.0)
     for gate in handle.gate_list:
         torch.nn.init.zeros_(gate.key.weight)
     handle.use("gate", 0.0, max_rows=40)
