@@ -1,4 +1,4 @@
-"""The learned gate: "Dynamic Context Pruning", arXiv 2305.15805; the least margins leave first.
+"""The learned gate: "Dynamic Context Pruning", arXiv 2305.15805; the least scores leave first.
 
 It differs from the paper in how the threshold is set: a layer holds the number of rows that
 calibration found it to need, and the rows of the least score leave, after every few tokens. So a
