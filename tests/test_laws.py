@@ -135,8 +135,9 @@ class Noting(SoftAttention):
 
     def attend(self, *args: Any, **options: Any) -> Tensor:
         """As in training."""
-        if args[2] == 0:
-            self.first = args[3:6]
+        _, _, layer, *attended, _ = args
+        if layer == 0:
+            self.first = attended
         return super().attend(*args, **options)
 
 
