@@ -61,6 +61,7 @@ class Reading:
     tally: Tally | None = None
 
 
+@torch.no_grad()
 def attend(
     table: Table,
     policy: Policy,
@@ -115,14 +116,15 @@ def attend(
                     policy.digest(layer, table, _joined(waiting))
                     waiting.clear()
         with _span("eviction"):
+            stays = None if alive is None else alive[:, -1]
             if border:
-                alive = _limit(table, policy, layer, now, alive, reading)
-            if alive is not None:
+                stays = _limit(table, policy, layer, now, stays, reading)
+            if stays is not None:
                 if expires is not None:
-                    _note_expiry(expires, table, now, alive)
+                    _note_expiry(expires, table, now, alive, stays)
                 following = reading.blocks[index + 1 : index + 2]
                 more = following[0][1] - stop if following else 0
-                table.evict(alive[:, -1], more=more)
+                table.evict(stays, more=more)
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
@@ -198,8 +200,9 @@ def _attention(
     if not policy.needs_weights:
         return grouped_sdpa(query, key, value, visible, scale)
     out, weights = _weighted(query, key, value, visible, scale)
-    real = (now.position >= 0)[:, :, None]
-    policy.observe(layer, table, now, weights * real)
+    if now.padded:
+        weights *= (now.position >= 0)[:, :, None]
+    policy.observe(layer, table, now, weights)
     return out
 
 
@@ -224,30 +227,41 @@ def _weighted(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The same, written out, with the weights (b, q, r), float32 or wider, mean over the heads."""
-    batch, heads, queries, width = query.shape
-    groups = heads // key.shape[1]
-    folded = (query * scale).reshape(batch, key.shape[1], groups * queries, width)
-    logits = (folded @ key.transpose(-1, -2)).unflatten(2, (groups, queries))
-    logits = logits.masked_fill_(~visible[:, None, None], -torch.inf)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    weights = logits.softmax(dim=-1, dtype=wide)
-    out = (weights.flatten(2, 3).to(value.dtype) @ value).reshape(batch, heads, queries, -1)
-    return out, weights.mean(dim=(1, 2))
+    batch, heads, queries, _ = query.shape
+    key_heads, rows = key.shape[1:3]
+    # One key head after another in the same memory: so a block's logits stay in a CPU's cache, and
+    # no fresh pages are touched. Those of a single query are few, and a GPU wants them all at once.
+    together = key_heads if queries == 1 or query.is_cuda else 1
+    folded = query.unflatten(1, (key_heads, -1)).flatten(2, 3)
+    bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, -torch.inf)
+    logits = query.new_empty((batch * together, folded.shape[2], rows))
+    weights = torch.empty_like(logits, dtype=torch.promote_types(query.dtype, torch.float32))
+    out = query.new_empty((*folded.shape[:3], value.shape[3]))
+    total = torch.zeros_like(visible, dtype=weights.dtype)
+    for first in range(0, key_heads, together):
+        part = slice(first, first + together)
+        q, k, v = (tensor[:, part].flatten(0, 1) for tensor in (folded, key, value))
+        logits.view(batch, -1, queries, rows).copy_(bias[:, None])
+        logits.baddbmm_(q, k.transpose(1, 2), alpha=scale)
+        torch.softmax(logits, dim=-1, dtype=weights.dtype, out=weights)
+        out[:, part] = (weights.to(v.dtype) @ v).unflatten(0, (batch, together))
+        total += weights.view(batch, -1, queries, rows).sum(dim=1)
+    return out.view(batch, heads, queries, -1), total.div_(heads)
 
 
 def _limit(
-    table: Table, policy: Policy, layer: int, now: Block, alive: Tensor | None, reading: Reading
+    table: Table, policy: Policy, layer: int, now: Block, stays: Tensor | None, reading: Reading
 ) -> Tensor:
-    """`alive` for the last query, without the rows beyond the policy's budget and the cap.
+    """`stays` (b, r), None: all, without the rows beyond the policy's budget and the cap.
 
     Each is enforced for the sequences whose newest token is at a border of its own. The cap leaves
-    room for the tokens until the next time, so that it holds at every moment. (b, q + 1, r).
+    room for the tokens until the next time, so that it holds at every moment.
     """
     newest = now.position.amax(dim=1, keepdim=True)
     seen = newest + 1
     held = table.held >= 0
-    if alive is not None:
-        held = held & alive[:, -1]
+    if stays is not None:
+        held = held & stays
     rows = held.sum(dim=1, keepdim=True)
     limit = rows
     if policy.budget is not None:
@@ -267,19 +281,18 @@ def _limit(
     scores = scores.masked_fill(~held, -torch.inf).gather(1, order)
     order = order.gather(1, scores.argsort(dim=1, descending=True, stable=True))
     place = torch.arange(order.shape[1], device=order.device)
-    stays = torch.empty_like(held).scatter_(1, order, place < limit)[:, None]
-    if alive is None:
-        alive = stays.new_ones(()).expand(len(stays), now.position.shape[1], stays.shape[2])
-    return torch.cat([alive, alive[:, -1:] & stays], dim=1)
+    return torch.empty_like(held).scatter_(1, order, place < limit)
 
 
-def _note_expiry(expires: Tensor, table: Table, now: Block, alive: Tensor) -> None:
+def _note_expiry(
+    expires: Tensor, table: Table, now: Block, alive: Tensor | None, stays: Tensor
+) -> None:
     """Note the first query that drops each row; a row that leaves by score is gone for the next."""
-    dropped = ~alive[:, -1] & (table.held >= 0)
-    # alive is monotone, so the count of True is the index of that query.
-    first = alive.sum(dim=1)
+    dropped = ~stays & (table.held >= 0)
     after = now.position.amax(dim=1, keepdim=True) + 1
-    queries = torch.cat([now.position, after], dim=1)
-    when = queries.gather(1, first.clamp_max(queries.shape[1] - 1))
+    when = after.expand_as(dropped)
+    if alive is not None:
+        # alive is monotone, so the count of True is the index of that query.
+        when = torch.cat([now.position, after], dim=1).gather(1, alive.sum(dim=1))
     sequence, slot = dropped.nonzero(as_tuple=True)
     expires[sequence, table.held[sequence, slot]] = when[sequence, slot]

@@ -18,7 +18,7 @@ from ctxprune.pruner.config import PERIOD
 from ctxprune.pruner.gate import window_of
 
 # The longest period of a budget: a block of as many queries is read at full speed.
-LONGEST = 64
+LONGEST = 128
 
 
 def cap_period(max_rows: int) -> int:
