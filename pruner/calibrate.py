@@ -62,12 +62,12 @@ def calibrate(
 def _measure(
     model: PreTrainedModel, windows: Tensor, level: float, shift: float
 ) -> tuple[tuple[float, ...], float]:
-    """Share of the pairs kept in each layer, and the `level`-quantile of the margins there."""
+    """Share of the pairs kept in each layer, and the `level`-quantile of the scores there."""
     handle = handle_of(model)
     context = windows.shape[1]
     later, earlier = torch.tril_indices(context, context, offset=-1)
     stride = max(1, len(windows) * len(handle.gates) * len(later) // SAMPLE)
-    margins = []
+    scores = []
     kept = torch.zeros(len(handle.gates), dtype=torch.float64)
     for window in windows:
         soft = SoftAttention(
@@ -75,14 +75,15 @@ def _measure(
             handle.config.protect_first,
             handle.config.protect_recent,
             hard=True,
+            attention_bonus=handle.config.attention_bonus,
         )
-        soft.margins = {}
+        soft.scores = {}
         with handle.training(soft):
             model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
-        for layer, margin in soft.margins.items():
-            pairs = margin[0].cpu()[later, earlier]
+        for layer, score in soft.scores.items():
+            pairs = score[0].cpu()[later, earlier]
             kept[layer] += float((pairs > 0).double().mean()) / len(windows)
-            margins.append(pairs[layer % stride :: stride])
-    sample = torch.cat(margins)
+            scores.append(pairs[layer % stride :: stride])
+    sample = torch.cat(scores)
     rank = min(max(round(level * len(sample)), 1), len(sample))
     return tuple(kept.tolist()), float(sample.kthvalue(rank).values)

@@ -27,12 +27,12 @@ class SoftAttention:
     Attributes:
         level: the gates' setting.
         sharpness, alpha: see `TuneConfig`; ignored where hard.
-        hard: decide by the sign of the margin.
-        protect_first, protect_recent: see `PruneConfig`.
+        hard: decide by the sign of the score.
+        protect_first, protect_recent, attention_bonus: see `PruneConfig`.
         kept: share of the pairs j < k that survive, one differentiable scalar a layer.
         hard_kept: the same with hard decisions. live: share of the pairs whose decision still
             passes a gradient (0 < p < 1, beyond rounding).
-        margins: with `hard`, what `gate.margin` gave, (b, n, n) a layer, if asked for.
+        scores: margin and bonus, what is decided by, (b, n, n) a layer, if asked for.
     """
 
     level: Level
@@ -41,12 +41,13 @@ class SoftAttention:
     sharpness: float = 1.0
     alpha: float = 1.0
     hard: bool = False
+    attention_bonus: float = 0.0
 
     def __post_init__(self) -> None:
         self.kept: dict[int, Tensor] = {}
         self.hard_kept: dict[int, Tensor] = {}
         self.live: dict[int, Tensor] = {}
-        self.margins: dict[int, Tensor] | None = None
+        self.scores: dict[int, Tensor] | None = None
 
     def attend(
         self,
@@ -63,10 +64,8 @@ class SoftAttention:
         """What an attention module gives on to its output projection: see `soft_attend`."""
         return soft_attend(self, gate, layer, query, key, value, hidden, scale=scale)
 
-    def decide(
-        self, gate: Gate, query: Tensor, key: Tensor, start: int, before: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """log I, and the margins (b, q, r), of a chunk of queries.
+    def margins(self, gate: Gate, query: Tensor, key: Tensor, start: int, before: Tensor) -> Tensor:
+        """The margins (b, q, r) of a chunk of queries.
 
         Args:
             query: (b, q, rank) interaction queries from position `start` on.
@@ -77,10 +76,40 @@ class SoftAttention:
         queries = rows[:, start:]
         free = free_pairs(queries, rows, self.protect_first, self.protect_recent)
         scores = gate.scores(query, key, queries, rows, self.level.log_window, self.level.shift)
-        least = margin(scores, free, before)
+        return margin(scores, free, before)
+
+    def bonus(
+        self, product: Tensor, start: int, standing: Tensor, received: Tensor, size: Tensor
+    ) -> Tensor:
+        """What a score has beside its margin, (b, q, r), or 0 where there is no bonus.
+
+        It is the policy's bonus less its mean over the rows of a query: a threshold, other than a
+        rank, has to know what is usual. What a row receives within the chunk depends on the
+        decisions there, and they on it: it is taken under those from before the chunk.
+
+        Args:
+            product: (b, h_kv, groups, q, r) query times key, scaled, of queries from `start` on.
+            standing: (b, r) the scores as they were before the chunk, +inf for its own tokens.
+            received: (b, r) attention before the chunk. size: (b, r) the norms of the values.
+        """
+        if self.attention_bonus == 0.0:
+            return size.new_zeros(())
+        causal = _causal(start, product.shape[-1], product)
+        settled = self.log_kept(standing)[:, None].masked_fill(~causal, -torch.inf)
+        weights = (product + settled[:, None, None]).softmax(dim=-1)
+        total = received[:, None] + weights.mean(dim=(1, 2)).cumsum(dim=1)
+        used = (total * size[:, None]).clamp_min(torch.finfo(total.dtype).tiny).log()
+        counted = causal.clone()
+        counted[:, : self.protect_first] = False
+        usual = (used * counted).sum(dim=-1, keepdim=True)
+        usual = usual / counted.sum(dim=-1, keepdim=True).clamp_min(1)
+        return self.attention_bonus * (used - usual)
+
+    def log_kept(self, scores: Tensor) -> Tensor:
+        """log I of scores of any shape."""
         if self.hard:
-            return torch.zeros_like(least).masked_fill(least <= 0, -torch.inf), least
-        return log_survival(least * self.sharpness, self.alpha).clamp_min(-1e4), least
+            return torch.zeros_like(scores).masked_fill(scores <= 0, -torch.inf)
+        return log_survival(scores * self.sharpness, self.alpha).clamp_min(-1e4)
 
 
 def soft_attend(
@@ -99,7 +128,7 @@ def soft_attend(
     Shapes as in `attend`. With `soft.hard`, log I is 0 or -inf.
     """
     interaction = gate.interact(hidden)
-    out, kept, hard_kept, live, margins = _ChunkedAttention.apply(  # type: ignore[no-untyped-call]
+    out, kept, hard_kept, live, scores = _ChunkedAttention.apply(  # type: ignore[no-untyped-call]
         query, key, value, *interaction, gate.slope, gate.bias, (soft, gate, scale)
     )
     batch, length = hidden.shape[:2]
@@ -107,14 +136,15 @@ def soft_attend(
     soft.kept[layer] = kept / pairs
     soft.hard_kept[layer] = hard_kept / pairs
     soft.live[layer] = live / pairs
-    if soft.margins is not None:
-        soft.margins[layer] = margins
+    if soft.scores is not None:
+        soft.scores[layer] = scores
     result: Tensor = out
     return result
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Attention and the sum of I over j < k; keeps its inputs, its output and two vectors a layer.
+    """Attention and the sum of I over j < k; keeps its inputs, its output and a vector a head;
+    and three vectors a chunk: how the tokens before it stood.
 
     Query heads are folded into the query axis of their key's head: (b, h_kv, groups * q, d).
     """
@@ -135,37 +165,43 @@ class _ChunkedAttention(torch.autograd.Function):
         dtype = _compute_dtype(query)
         q, k, v = _fold(query, key).to(dtype), key.to(dtype), value.to(dtype)
         batch, length = gate_key.shape[:2]
-        before = gate_key.new_empty((batch, 0), dtype=bias.dtype)
-        outs, norms, befores, margins = [], [], [], []
+        size = v.detach().to(bias.dtype).norm(dim=-1).mean(dim=1)
+        before = standing = received = bias.new_empty((batch, 0))
+        outs, norms, states, scores = [], [], [], []
         kept, hard_kept, live = (bias.new_zeros(()) for _ in range(3))
         with no_autocast(query.device):
             for start in range(0, length, CHUNK):
                 stop = min(start + CHUNK, length)
-                before = _padded(before, stop)
-                befores.append(before)
-                log_kept, least = soft.decide(
+                before, standing = (_padded(t, stop, torch.inf) for t in (before, standing))
+                received = _padded(received, stop, 0.0)
+                states += [before, standing, received]
+                causal = _causal(start, stop, bias)
+                logits = _product(q[:, :, :, start:stop], k[:, :, :stop], scale, bias)
+                least = soft.margins(
                     gate, gate_query[:, start:stop], gate_key[:, :stop], start, before
                 )
-                causal = _causal(start, stop, bias)
+                score = least + soft.bonus(logits, start, standing, received, size[:, :stop])
+                log_kept = soft.log_kept(score)
                 survived = log_kept.exp() * causal
                 kept = kept + survived.sum() - batch * (stop - start)
-                hard_kept = hard_kept + ((least > 0) & causal).sum() - batch * (stop - start)
+                hard_kept = hard_kept + ((score > 0) & causal).sum() - batch * (stop - start)
                 live = live + ((survived > 1e-3) & (survived < 1 - 1e-3)).sum()
-                log_kept = log_kept.masked_fill(~causal, -torch.inf)
-                logits = _logits(q[:, :, :, start:stop], k[:, :, :stop], log_kept, scale)
+                logits += log_kept.masked_fill_(~causal, -torch.inf)[:, None, None]
                 norm = logits.logsumexp(dim=-1, keepdim=True)
-                weights = logits.sub_(norm).exp_().to(dtype)
-                outs.append(_times(weights, v[:, :, :stop]))
+                weights = logits.sub_(norm).exp_()
+                outs.append(_times(weights.to(dtype), v[:, :, :stop]))
                 norms.append(norm)
-                before = least[:, -1]
-                if soft.margins is not None:
-                    margins.append(_padded(least, length))
+                if soft.attention_bonus > 0.0:
+                    received = received + weights.mean(dim=(1, 2)).sum(dim=1)
+                before, standing = least[:, -1], score[:, -1]
+                if soft.scores is not None:
+                    scores.append(_padded(score, length, -torch.inf))
         out = torch.cat(outs, dim=3)
         ctx.save_for_backward(
-            query, key, value, gate_query, gate_key, slope, bias, out, *norms, *befores
+            query, key, value, gate_query, gate_key, slope, bias, out, size, *norms, *states
         )
         ctx.how = how
-        seen = torch.cat(margins, dim=1) if margins else None
+        seen = torch.cat(scores, dim=1) if scores else None
         ctx.mark_non_differentiable(hard_kept, live)
         return out.flatten(1, 2).to(query.dtype), kept, hard_kept, live, seen
 
@@ -173,14 +209,14 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor, grad_kept: Tensor, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        query, key, value, gate_query, gate_key, slope, bias, out, *kept = ctx.saved_tensors
+        query, key, value, gate_query, gate_key, slope, bias, out, size, *kept = ctx.saved_tensors
         soft, gate, scale = ctx.how
         dtype = out.dtype
         q, k, v = _fold(query, key).to(dtype), key.to(dtype), value.to(dtype)
         grad_out = _fold(grad_out, key).to(dtype)
         length = gate_key.shape[1]
         starts = range(0, length, CHUNK)
-        norms, befores = kept[: len(starts)], kept[len(starts) :]
+        norms, states = kept[: len(starts)], kept[len(starts) :]
         wide = bias.dtype
         grads = [torch.zeros_like(t, dtype=wide) for t in (q, k, v, gate_query, gate_key)]
         grad_q, grad_k, grad_v, grad_gate_q, grad_gate_k = grads
@@ -190,16 +226,19 @@ class _ChunkedAttention(torch.autograd.Function):
             stop = min(start + CHUNK, length)
             part = slice(start, stop)
             causal = _causal(start, stop, bias)
+            before, standing, received = states[3 * index : 3 * index + 3]
+            logits = _product(q[:, :, :, part], k[:, :, :stop], scale, bias)
+            bonus = soft.bonus(logits, start, standing, received, size[:, :stop])
             leaves = [
                 t.detach().requires_grad_()
-                for t in (gate_query[:, part], gate_key[:, :stop], befores[index])
+                for t in (gate_query[:, part], gate_key[:, :stop], before)
             ]
             with torch.enable_grad():
-                log_kept, least = soft.decide(gate, leaves[0], leaves[1], start, leaves[2])
+                least = soft.margins(gate, leaves[0], leaves[1], start, leaves[2])
+                log_kept = soft.log_kept(least + bonus)
                 survived = (log_kept.exp() * causal).sum()
                 after = least[:, -1]
-            masked = log_kept.detach().masked_fill(~causal, -torch.inf)
-            logits = _logits(q[:, :, :, part], k[:, :, :stop], masked, scale)
+            logits += log_kept.detach().masked_fill(~causal, -torch.inf)[:, None, None]
             weights = logits.sub_(norms[index]).exp_()
             upstream = grad_out[:, :, :, part]
             grad_weights = _times(upstream, v[:, :, :stop].transpose(-1, -2)).to(wide)
@@ -255,9 +294,9 @@ def _causal(start: int, stop: int, like: Tensor) -> Tensor:
     return rows <= rows[start:, None]
 
 
-def _padded(before: Tensor, rows: int) -> Tensor:
-    """Margins (..., rows): +inf for the tokens that are new."""
-    return torch.nn.functional.pad(before, (0, rows - before.shape[-1]), value=torch.inf)
+def _padded(known: Tensor, rows: int, new: float) -> Tensor:
+    """(..., rows), with a value for the tokens that are new."""
+    return torch.nn.functional.pad(known, (0, rows - known.shape[-1]), value=new)
 
 
 def _times(left: Tensor, right: Tensor) -> Tensor:
@@ -272,7 +311,6 @@ def _gather(left: Tensor, right: Tensor) -> Tensor:
     return left.flatten(2, 3).transpose(-1, -2) @ right.flatten(2, 3)
 
 
-def _logits(query: Tensor, key: Tensor, log_kept: Tensor, scale: float) -> Tensor:
-    """(b, h_kv, groups, q, r) in log_kept's dtype, from (b, q, r) log I."""
-    product = _times(query, key.transpose(-1, -2)).to(log_kept.dtype)
-    return product.mul_(scale).add_(log_kept[:, None, None])
+def _product(query: Tensor, key: Tensor, scale: float, like: Tensor) -> Tensor:
+    """(b, h_kv, groups, q, r) query times key, scaled, in the dtype of `like`."""
+    return _times(query, key.transpose(-1, -2)).to(like.dtype).mul_(scale)

@@ -84,6 +84,7 @@ class Trainee(nn.Module):
             prune.protect_recent,
             sharpness=sharpness,
             alpha=alpha,
+            attention_bonus=prune.attention_bonus,
         )
         if isinstance(soft, LocalAttention):
             return self._local(ids, level, soft)

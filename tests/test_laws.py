@@ -192,7 +192,7 @@ def test_eviction_is_the_ranking_written_out(family: str, bonus: float) -> None:
     handle.config = replace(handle.config, attention_bonus=bonus)
     ids = random_ids(2, LENGTH)
     soft = Noting(Level(prior(0.8, LENGTH)), 2, 3, hard=True)
-    soft.margins = {}
+    soft.scores = {}
     with handle.training(soft):
         logits_of(model, ids, use_cache=False)
     handle.use("gate", 0.8, context=LENGTH)
@@ -201,7 +201,7 @@ def test_eviction_is_the_ranking_written_out(family: str, bonus: float) -> None:
     cache = handle.cache(record=True)
     logits_of(model, ids, past_key_values=cache)
     assert cache.expires is not None
-    for sequence, margins in enumerate(soft.margins[0]):
+    for sequence, margins in enumerate(soft.scores[0]):
         contribution = partial(contribution_by_hand, *(t[sequence] for t in soft.first))
         expected = ranked_by_hand(
             margins, contribution, bonus, int(budget.after(0)), int(budget.period), 2
@@ -216,7 +216,7 @@ def test_training_with_hard_decisions_is_inference(family: str) -> None:
     ids = random_ids(2, LENGTH)
     level = Level(prior(0.8, LENGTH), 1e3)
     soft = SoftAttention(level, 2, 3, hard=True)
-    soft.margins = {}
+    soft.scores = {}
     with handle.training(soft):
         parallel = logits_of(model, ids, use_cache=False)
     handle.use("gate", 1e-9, context=LENGTH)
@@ -224,7 +224,7 @@ def test_training_with_hard_decisions_is_inference(family: str) -> None:
     engine = logits_of(model, ids, past_key_values=cache)
     torch.testing.assert_close(parallel, engine, atol=1e-10, rtol=0)
     seen = LENGTH // 16 * 16  # what the engine has digested
-    for layer, least in soft.margins.items():
+    for layer, least in soft.scores.items():
         table = cache.table(layer)
         order = table.held.argsort(dim=1)
         margins = table.column("margin")[:, 0, :, 0].gather(1, order)[:, :seen]

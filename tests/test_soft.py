@@ -32,14 +32,45 @@ def written_out(
     scores = gate.scores(
         *gate.interact(hidden), position, position, soft.level.log_window, soft.level.shift
     )
-    log_kept = log_survival(margin(scores, free) * soft.sharpness, soft.alpha)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    kept = (log_kept.exp() * causal).sum() - batch * length
-    bias = log_kept.clamp_min(-1e4).masked_fill(~causal, -torch.inf)[:, None]
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    weights = (query @ key.transpose(-1, -2) * scale + bias).softmax(dim=-1)
+    product = (query @ key.transpose(-1, -2) * scale).masked_fill(~causal, -torch.inf)
+    least = margin(scores, free)
+    bonus = bonus_written_out(soft, least.detach(), product.detach(), value.detach())
+    log_kept = log_survival((least + bonus) * soft.sharpness, soft.alpha)
+    kept = (log_kept.exp() * causal).sum() - batch * length
+    weights = (product + log_kept.clamp_min(-1e4)[:, None]).softmax(dim=-1)
     return weights @ value, kept / (batch * length * (length - 1) / 2)
+
+
+def bonus_written_out(
+    soft: SoftAttention, margins: Tensor, product: Tensor, value: Tensor
+) -> Tensor:
+    """The bonus of all queries (b, n, n), one after another; product is -inf for later rows.
+
+    Within a chunk of queries the attention received is that under the scores of the query before.
+    """
+    size = value.norm(dim=-1).mean(dim=1)
+    bonus = torch.zeros_like(margins)
+    standing = torch.full_like(size, torch.inf)
+    final, running = torch.zeros_like(size), torch.zeros_like(size)
+    for k in range(margins.shape[1]):
+        if k % soft_module.CHUNK == 0:
+            running = final.clone()
+            if k > 0:
+                standing = margins[:, k - 1] + bonus[:, k - 1]
+
+        def received(score: Tensor, k: int = k) -> Tensor:
+            log_kept = log_survival(score * soft.sharpness, soft.alpha).clamp_min(-1e4)
+            return (product[:, :, k] + log_kept[:, None]).softmax(dim=-1).mean(dim=1)
+
+        running = running + received(standing)
+        worth = (running * size)[:, soft.protect_first : k + 1].log()
+        usual = worth.mean(dim=1, keepdim=True) if worth.shape[1] else 0.0
+        bonus[:, k, soft.protect_first : k + 1] = soft.attention_bonus * (worth - usual)
+        final = final + received(margins[:, k] + bonus[:, k])
+    return bonus
 
 
 def case(length: int) -> tuple[Gate, list[Tensor]]:
@@ -53,13 +84,14 @@ def case(length: int) -> tuple[Gate, list[Tensor]]:
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("bonus", [0.0, 0.8])
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_values_and_gradients_are_those_of_the_equations(
-    chunk: int, alpha: float, monkeypatch: pytest.MonkeyPatch
+    chunk: int, bonus: float, alpha: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(soft_module, "CHUNK", chunk)
     gate, tensors = case(24)
-    soft = SoftAttention(Level(1.5, 0.1), 2, 3, sharpness=1.7, alpha=alpha)
+    soft = SoftAttention(Level(1.5, 0.1), 2, 3, sharpness=1.7, alpha=alpha, attention_bonus=bonus)
     found = soft_attend(soft, gate, 0, *tensors, scale=0.5)
     expected, kept = written_out(soft, gate, *tensors)
     torch.testing.assert_close(found, expected)
@@ -88,8 +120,9 @@ def test_what_is_kept_for_the_backward_pass_grows_linearly() -> None:
     """Floats saved by the layer at 512 tokens: fewer than a single n x n matrix."""
     gate, tensors = case(512)
     saved: list[int] = []
+    soft = SoftAttention(Level(3.0), 1, 1, attention_bonus=1.0)
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (saved.append(tensor.numel()), tensor)[1], lambda tensor: tensor
     ):
-        soft_attend(SoftAttention(Level(3.0), 1, 1), gate, 0, *tensors, scale=0.5)
+        soft_attend(soft, gate, 0, *tensors, scale=0.5)
     assert sum(saved) < 512 * 512
