@@ -1,10 +1,10 @@
 """How many rows each layer deserves at a level: measured on held-out text.
 
 The gates were trained against one threshold for all layers, so layers that need more keep more.
-With hard decisions a token is gone once the least of its scores is below that threshold: the one
-that drops a given share of all pairs is a quantile of these margins. Since dropping changes the
+With hard decisions a token is gone once its score, margin and bonus, is below that threshold: the
+one that drops a given share of all pairs is a quantile of these scores. Since dropping changes the
 hidden states further up, the measurement is repeated at the threshold found. What is left in each
-layer is its share; inference gives it as many rows, the best by the same margins.
+layer is its share; inference gives it as many rows, the best by the same scores.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def calibrate(
 
     Returns:
         level -> share of the pairs j < k that each layer keeps; their mean is 1 - level, within
-        TOLERANCE where the margins allow it.
+        TOLERANCE where the scores allow it.
     """
     shares: dict[float, tuple[float, ...]] = {}
     shift = 0.0

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctxprune.pruner import policies
+from ctxprune.pruner import soft as soft_module
 from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.checkpoint import load
 from ctxprune.pruner.config import PruneConfig
@@ -231,6 +232,37 @@ def test_training_with_hard_decisions_is_inference(family: str) -> None:
         constant = handle.gate_list[layer].slope * level.log_window + level.shift
         # Attention sinks have no margin in training; at inference they are spared by `score`.
         torch.testing.assert_close((margins + constant)[:, 2:], least[:, seen - 1, 2:seen])
+
+
+@matrix
+@pytest.mark.parametrize("chunk", [16, 128])
+def test_training_sees_the_bonus_of_inference(
+    family: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is dropped: what it adds to the margins of the last query, but for its mean."""
+    monkeypatch.setattr(soft_module, "CHUNK", chunk)
+    model, handle = pruning_model(family)
+    ids = random_ids(2, LENGTH)
+    scores = []
+    for bonus in (0.0, 0.5):
+        level = Level(prior(0.8, LENGTH), 1e3)
+        soft = SoftAttention(level, 2, 3, hard=True, attention_bonus=bonus)
+        soft.scores = {}
+        with handle.training(soft):
+            logits_of(model, ids, use_cache=False)
+        scores.append(soft.scores)
+    handle.use("gate", 1e-9, context=LENGTH)
+    cache = handle.cache()
+    logits_of(model, ids, past_key_values=cache)
+    for layer in range(len(handle.gate_list)):
+        table = cache.table(layer)
+        size = table.column("value").norm(dim=-1).mean(dim=1)
+        used = (table.column("attention")[:, 0, :, 0] * size).log()
+        used = used.gather(1, table.held.argsort(dim=1))[:, :LENGTH]
+        expected = 0.5 * (used - used[:, 2:].mean(dim=1, keepdim=True))
+        added = (scores[1][layer] - scores[0][layer])[:, -1]
+        # Sinks and the newest are protected, by a margin that is infinite.
+        torch.testing.assert_close(added[:, 2:-3], expected[:, 2:-3])
 
 
 @matrix
