@@ -79,23 +79,24 @@ class SoftAttention:
         return margin(scores, free, before)
 
     def bonus(
-        self, product: Tensor, start: int, standing: Tensor, received: Tensor, size: Tensor
+        self, product: Tensor, margins: Tensor, stale: Tensor, received: Tensor, size: Tensor
     ) -> Tensor:
         """What a score has beside its margin, (b, q, r), or 0 where there is no bonus.
 
         It is the policy's bonus less its mean over the rows of a query: a threshold, other than a
         rank, has to know what is usual. What a row receives within the chunk depends on the
-        decisions there, and they on it: it is taken under those from before the chunk.
+        decisions there, and they on it: it is taken under the bonus from before the chunk.
 
         Args:
-            product: (b, h_kv, groups, q, r) query times key, scaled, of queries from `start` on.
-            standing: (b, r) the scores as they were before the chunk, +inf for its own tokens.
+            product: (b, h_kv, groups, q, r) query times key, scaled. margins: (b, q, r).
+            stale: (b, r) the bonus of the query before the chunk, 0 for the chunk's own tokens.
             received: (b, r) attention before the chunk. size: (b, r) the norms of the values.
         """
         if self.attention_bonus == 0.0:
             return size.new_zeros(())
-        causal = _causal(start, product.shape[-1], product)
-        settled = self.log_kept(standing)[:, None].masked_fill(~causal, -torch.inf)
+        queries, rows = margins.shape[1:]
+        causal = _causal(rows - queries, rows, product)
+        settled = self.log_kept(margins + stale[:, None]).masked_fill_(~causal, -torch.inf)
         weights = (product + settled[:, None, None]).softmax(dim=-1)
         total = received[:, None] + weights.mean(dim=(1, 2)).cumsum(dim=1)
         used = (total * size[:, None]).clamp_min(torch.finfo(total.dtype).tiny).log()
@@ -166,21 +167,22 @@ class _ChunkedAttention(torch.autograd.Function):
         q, k, v = _fold(query, key).to(dtype), key.to(dtype), value.to(dtype)
         batch, length = gate_key.shape[:2]
         size = v.detach().to(bias.dtype).norm(dim=-1).mean(dim=1)
-        before = standing = received = bias.new_empty((batch, 0))
+        before = stale = received = bias.new_empty((batch, 0))
         outs, norms, states, scores = [], [], [], []
         kept, hard_kept, live = (bias.new_zeros(()) for _ in range(3))
         with no_autocast(query.device):
             for start in range(0, length, CHUNK):
                 stop = min(start + CHUNK, length)
-                before, standing = (_padded(t, stop, torch.inf) for t in (before, standing))
-                received = _padded(received, stop, 0.0)
-                states += [before, standing, received]
+                before = _padded(before, stop, torch.inf)
+                stale, received = (_padded(known, stop, 0.0) for known in (stale, received))
+                states += [before, stale, received]
                 causal = _causal(start, stop, bias)
                 logits = _product(q[:, :, :, start:stop], k[:, :, :stop], scale, bias)
                 least = soft.margins(
                     gate, gate_query[:, start:stop], gate_key[:, :stop], start, before
                 )
-                score = least + soft.bonus(logits, start, standing, received, size[:, :stop])
+                bonus = soft.bonus(logits, least, stale, received, size[:, :stop])
+                score = least + bonus
                 log_kept = soft.log_kept(score)
                 survived = log_kept.exp() * causal
                 kept = kept + survived.sum() - batch * (stop - start)
@@ -193,7 +195,8 @@ class _ChunkedAttention(torch.autograd.Function):
                 norms.append(norm)
                 if soft.attention_bonus > 0.0:
                     received = received + weights.mean(dim=(1, 2)).sum(dim=1)
-                before, standing = least[:, -1], score[:, -1]
+                    stale = bonus[:, -1]
+                before = least[:, -1]
                 if soft.scores is not None:
                     scores.append(_padded(score, length, -torch.inf))
         out = torch.cat(outs, dim=3)
@@ -226,15 +229,15 @@ class _ChunkedAttention(torch.autograd.Function):
             stop = min(start + CHUNK, length)
             part = slice(start, stop)
             causal = _causal(start, stop, bias)
-            before, standing, received = states[3 * index : 3 * index + 3]
+            before, stale, received = states[3 * index : 3 * index + 3]
             logits = _product(q[:, :, :, part], k[:, :, :stop], scale, bias)
-            bonus = soft.bonus(logits, start, standing, received, size[:, :stop])
             leaves = [
                 t.detach().requires_grad_()
                 for t in (gate_query[:, part], gate_key[:, :stop], before)
             ]
             with torch.enable_grad():
                 least = soft.margins(gate, leaves[0], leaves[1], start, leaves[2])
+                bonus = soft.bonus(logits, least.detach(), stale, received, size[:, :stop])
                 log_kept = soft.log_kept(least + bonus)
                 survived = (log_kept.exp() * causal).sum()
                 after = least[:, -1]

@@ -49,23 +49,23 @@ def bonus_written_out(
 ) -> Tensor:
     """The bonus of all queries (b, n, n), one after another; product is -inf for later rows.
 
-    Within a chunk of queries the attention received is that under the scores of the query before.
+    Within a chunk of queries the attention received is that under the bonus of the query before it.
     """
     size = value.norm(dim=-1).mean(dim=1)
     bonus = torch.zeros_like(margins)
-    standing = torch.full_like(size, torch.inf)
+    stale = torch.zeros_like(size)
     final, running = torch.zeros_like(size), torch.zeros_like(size)
     for k in range(margins.shape[1]):
         if k % soft_module.CHUNK == 0:
             running = final.clone()
             if k > 0:
-                standing = margins[:, k - 1] + bonus[:, k - 1]
+                stale = bonus[:, k - 1]
 
         def received(score: Tensor, k: int = k) -> Tensor:
             log_kept = log_survival(score * soft.sharpness, soft.alpha).clamp_min(-1e4)
             return (product[:, :, k] + log_kept[:, None]).softmax(dim=-1).mean(dim=1)
 
-        running = running + received(standing)
+        running = running + received(margins[:, k] + stale)
         worth = (running * size)[:, soft.protect_first : k + 1].log()
         usual = worth.mean(dim=1, keepdim=True) if worth.shape[1] else 0.0
         bonus[:, k, soft.protect_first : k + 1] = soft.attention_bonus * (worth - usual)
