@@ -76,7 +76,7 @@ def attend(
     waiting: list[Block],
     expires: Tensor | None = None,
 ) -> Tensor:
-    """Attend to the rows that the policy keeps, and evict the others.
+    """Attend to the rows that the policy keeps, and evict the others; no gradient passes.
 
     Args:
         query: (b, h, n, d); key, value: (b, h_kv, n, d), rotated already, of n new tokens.

@@ -144,10 +144,11 @@ def soft_attend(
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Attention and the sum of I over j < k; keeps its inputs, its output and a vector a head;
-    and three vectors a chunk: how the tokens before it stood.
+    """Attention and the sum of I over j < k, chunk by chunk.
 
-    Query heads are folded into the query axis of their key's head: (b, h_kv, groups * q, d).
+    It keeps its inputs, its output, a number a query and head, and three vectors a chunk: how the
+    tokens before it stood. Query heads are folded into the query axis of their key's head:
+    (b, h_kv, groups * q, d).
     """
 
     @staticmethod
