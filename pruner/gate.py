@@ -98,6 +98,18 @@ def log_survival(margins: Tensor, alpha: float = 1.0) -> Tensor:
     return alpha_sigmoid(margins, alpha).clamp_min(tiny).log()
 
 
+def value_size(value: Tensor) -> Tensor:
+    """(b, r) the Euclidean norm of values (b, h_kv, r, d), the mean over their heads."""
+    size: Tensor = value.norm(dim=-1).mean(dim=1)
+    return size
+
+
+def log_used(received: Tensor, size: Tensor) -> Tensor:
+    """log(attention received * size of the value) of tensors that broadcast; finite at 0."""
+    used = received * size
+    return used.clamp_min(torch.finfo(used.dtype).tiny).log()
+
+
 def window_of(sparsity: float, context: int) -> float:
     """Width w of the local window that drops the share `sparsity` of the pairs j < k < context.
 

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctxprune.pruner.gate import Gate, free_pairs, log_survival, margin, no_autocast
+from ctxprune.pruner.gate import (
+    Gate,
+    free_pairs,
+    log_survival,
+    log_used,
+    margin,
+    no_autocast,
+    value_size,
+)
 from ctxprune.pruner.levels import Level
 
 # Queries a chunk: enough for full speed of the products, few enough to stay in the cache.
@@ -79,7 +87,13 @@ class SoftAttention:
         return margin(scores, free, before)
 
     def bonus(
-        self, product: Tensor, margins: Tensor, stale: Tensor, received: Tensor, size: Tensor
+        self,
+        product: Tensor,
+        margins: Tensor,
+        causal: Tensor,
+        stale: Tensor,
+        received: Tensor,
+        size: Tensor,
     ) -> Tensor:
         """What a score has beside its margin, (b, q, r), or 0 where there is no bonus.
 
@@ -89,17 +103,16 @@ class SoftAttention:
 
         Args:
             product: (b, h_kv, groups, q, r) query times key, scaled. margins: (b, q, r).
+            causal: bool (q, r), see `_causal`.
             stale: (b, r) the bonus of the query before the chunk, 0 for the chunk's own tokens.
             received: (b, r) attention before the chunk. size: (b, r) the norms of the values.
         """
         if self.attention_bonus == 0.0:
             return size.new_zeros(())
-        queries, rows = margins.shape[1:]
-        causal = _causal(rows - queries, rows, product)
         settled = self.log_kept(margins + stale[:, None]).masked_fill_(~causal, -torch.inf)
         weights = (product + settled[:, None, None]).softmax(dim=-1)
         total = received[:, None] + weights.mean(dim=(1, 2)).cumsum(dim=1)
-        used = (total * size[:, None]).clamp_min(torch.finfo(total.dtype).tiny).log()
+        used = log_used(total, size[:, None])
         counted = causal.clone()
         counted[:, : self.protect_first] = False
         usual = (used * counted).sum(dim=-1, keepdim=True)
@@ -167,7 +180,7 @@ class _ChunkedAttention(torch.autograd.Function):
         dtype = _compute_dtype(query)
         q, k, v = _fold(query, key).to(dtype), key.to(dtype), value.to(dtype)
         batch, length = gate_key.shape[:2]
-        size = v.detach().to(bias.dtype).norm(dim=-1).mean(dim=1)
+        size = value_size(v.detach().to(bias.dtype))
         before = stale = received = bias.new_empty((batch, 0))
         outs, norms, states, scores = [], [], [], []
         kept, hard_kept, live = (bias.new_zeros(()) for _ in range(3))
@@ -182,7 +195,7 @@ class _ChunkedAttention(torch.autograd.Function):
                 least = soft.margins(
                     gate, gate_query[:, start:stop], gate_key[:, :stop], start, before
                 )
-                bonus = soft.bonus(logits, least, stale, received, size[:, :stop])
+                bonus = soft.bonus(logits, least, causal, stale, received, size[:, :stop])
                 score = least + bonus
                 log_kept = soft.log_kept(score)
                 survived = log_kept.exp() * causal
@@ -238,7 +251,7 @@ class _ChunkedAttention(torch.autograd.Function):
             ]
             with torch.enable_grad():
                 least = soft.margins(gate, leaves[0], leaves[1], start, leaves[2])
-                bonus = soft.bonus(logits, least.detach(), stale, received, size[:, :stop])
+                bonus = soft.bonus(logits, least.detach(), causal, stale, received, size[:, :stop])
                 log_kept = soft.log_kept(least + bonus)
                 survived = (log_kept.exp() * causal).sum()
                 after = least[:, -1]

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ctxprune.pruner.budget import Budget
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.errors import CtxpruneError
-from ctxprune.pruner.gate import Gate, no_autocast
+from ctxprune.pruner.gate import Gate, log_used, no_autocast, value_size
 from ctxprune.pruner.levels import layer_windows
 from ctxprune.pruner.policies import Block, Policy, Request
 from ctxprune.pruner.table import Table
@@ -93,10 +93,9 @@ class GatePolicy(Policy):
         """(b, r): margin and bonus, +inf for attention sinks."""
         score = table.column("margin")[:, 0, :, 0]
         if self.needs_weights:
-            size = table.column("value").norm(dim=-1).mean(dim=1).to(score.dtype)
-            used = table.column("attention")[:, 0, :, 0] * size
-            tiny = torch.finfo(used.dtype).tiny
-            score = score + self.config.attention_bonus * used.clamp_min(tiny).log()
+            size = value_size(table.column("value")).to(score.dtype)
+            used = log_used(table.column("attention")[:, 0, :, 0], size)
+            score = score + self.config.attention_bonus * used
         return score.masked_fill(table.held < self.config.protect_first, torch.inf)
 
 
