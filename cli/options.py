@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from ctxprune.pruner.errors import CtxpruneError
+
+Number = TypeVar("Number", int, float)
 
 Model = Annotated[
     Path | None, typer.Option("--model", help="Model folder; default: the current one.")
@@ -44,14 +47,7 @@ def numbers(text: str | None) -> list[float] | None:
     Raises:
         CtxpruneError: something else.
     """
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise CtxpruneError(
-            f"`{text}` is not a list of numbers", "write it like `0,0.5,0.8`"
-        ) from error
+    return _read(text, float, "numbers", "0,0.5,0.8")
 
 
 def whole(text: str | None) -> list[int] | None:
@@ -60,13 +56,18 @@ def whole(text: str | None) -> list[int] | None:
     Raises:
         CtxpruneError: something else.
     """
-    if text is None:
-        return None
+    return _read(text, int, "whole numbers", "1024,2048")
+
+
+def _read(
+    text: str | None, read: Callable[[str], Number], kind: str, example: str
+) -> list[Number] | None:
+    parts = words(text)
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        return None if parts is None else [read(part) for part in parts]
     except ValueError as error:
         raise CtxpruneError(
-            f"`{text}` is not a list of whole numbers", "write it like `1024,2048`"
+            f"`{text}` is not a list of {kind}", f"write it like `{example}`"
         ) from error
 
 

@@ -21,7 +21,7 @@ from ctxprune.evals import last_word, retrieval
 from ctxprune.evals.finished import Finished, digest, stats, text_stats
 from ctxprune.evals.harness import load_tasks, score, task_manager
 from ctxprune.evals.perplexity import perplexity
-from ctxprune.evals.provenance import provenance
+from ctxprune.evals.provenance import provenance, worker
 from ctxprune.pruner.checkpoint import DTYPES, check_folder, load, load_tokenizer
 from ctxprune.pruner.config import FromMapping, check_at_least, check_sparsity
 from ctxprune.pruner.data import read_texts, windows
@@ -181,7 +181,7 @@ def evaluate(
         "batch_size": config.batch_size,
         "seed": config.seed,
         "dtype": config.dtype,
-        "device": str(model.device),
+        **worker(model.device),
         **provenance(*PACKAGES),
     }
 

@@ -1,10 +1,9 @@
-"""The machine: its name, and the peak memory of a piece of work."""
+"""The peak memory of a piece of work."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 
 CLEAR = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def peak_of(work: Callable[[], None], device: torch.device) -> int | None:
@@ -49,12 +47,3 @@ def _reset_resident() -> bool:
 def _peak_resident() -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
-
-
-def machine(device: torch.device) -> str:
-    """The name of the processor that does the work."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

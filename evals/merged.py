@@ -319,5 +319,5 @@ def _benches(runs: Sequence[Run], models: dict[str, str]) -> tuple[Bench, ...]:
 
 
 def threads(results: dict[str, Any]) -> str:
-    """How many threads a benchmark ran on, in words."""
+    """How many threads did the work, in words."""
     return f"{results['threads']} thread{'s' * (results['threads'] != 1)}"

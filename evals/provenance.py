@@ -1,4 +1,4 @@
-"""Where results come from: versions, date and command."""
+"""Where results come from: machine, versions, date and command."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import shlex
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
+
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def provenance(*packages: str) -> dict[str, Any]:
@@ -21,3 +25,20 @@ def provenance(*packages: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def worker(device: torch.device) -> dict[str, Any]:
+    """`device`, the name of its processor as `machine`, and `threads`, ready for JSON."""
+    return {
+        "device": str(device),
+        "machine": _machine(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

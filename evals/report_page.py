@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from string import Template
 
-from ctxprune.evals import training_report
+from ctxprune.evals import speed_report, training_report
 from ctxprune.evals.charts import Chart, accuracy_chart, perplexity_chart, speed_charts
 from ctxprune.evals.merged import DENSE, Bench, Merged, Panel, Point, Run, Subject, threads
 from ctxprune.evals.report import METRICS, RETRIEVED, retrieved, score
@@ -198,8 +198,6 @@ def _subject(point: Point) -> list[str]:
 
 
 def _bench(bench: Bench, name: str, charts: bool) -> Part:
-    from ctxprune.evals import speed_report  # here: it brings torch with it
-
     tables: dict[str, Table] = {}
     for number, results, rows in bench.parts:
         for table in speed_report.tables({**results, "rows": rows}):

@@ -7,6 +7,8 @@ from typing import Any
 from ctxprune.pruner.errors import CtxpruneError
 
 EVAL, BENCH, TRAINING = ("eval", "bench", "bench --training")
+# What `bench` compares.
+DYNAMIC, STATIC, PRUNED, ORACLE = MODES = ("dense-dynamic", "dense-static", "pruned", "oracle")
 
 # A shape is a type, types that are all right, or the keys that must be there and their shapes.
 # Lists are looked into by `kind_of`: of levels, of rows.
@@ -50,11 +52,12 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 # Where results come from: shown if it is there.
 ORIGIN = {
-    **dict.fromkeys(("date", "command", "text", "dtype", "device"), str),
-    **dict.fromkeys(("seed", "limit", "batch_size", "max_rows", "evicts_every"), MAYBE),
+    **dict.fromkeys(("date", "command", "text", "dtype", "device", "machine"), str),
+    **dict.fromkeys(("seed", "limit", "batch_size", "max_rows", "evicts_every", "threads"), MAYBE),
     "versions": dict,
 }
 SCORES = {"sparsity": FIGURE}
+# The parts of a decode step.
 BREAKDOWN = dict.fromkeys(
     ("projections", "gate", "policy", "attention", "eviction", "rest"), FIGURE
 )

@@ -24,8 +24,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ctxprune.evals.breakdown import breakdown
 from ctxprune.evals.finished import Finished, digest, stats, text_stats
 from ctxprune.evals.forced import ForcedPolicy
-from ctxprune.evals.memory import machine, peak_of
-from ctxprune.evals.provenance import provenance
+from ctxprune.evals.memory import peak_of
+from ctxprune.evals.provenance import provenance, worker
+from ctxprune.evals.shapes import DYNAMIC, MODES, ORACLE, PRUNED, STATIC
 from ctxprune.evals.subject import check_positions, from_architecture, from_folder, prompts
 from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.checkpoint import DTYPES
@@ -37,7 +38,6 @@ from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.policies import names as policy_names
 
 PACKAGES = ("ctxprune", "torch", "transformers")
-DYNAMIC, STATIC, PRUNED, ORACLE = MODES = ("dense-dynamic", "dense-static", "pruned", "oracle")
 # An oracle reads no prompt, so it has none of these.
 OF_PREFILL = ("prefill_tokens_per_s", "prefill_s", "ttft_s", "sparsity_realised", "peak_bytes")
 
@@ -159,8 +159,7 @@ def bench(
         [] if folder is None else stats(folder.iterdir()),
         {k: v for k, v in asdict(config).items() if k not in ("batch", "context")},
         text_stats(config.text),
-        machine(subject.model.device),
-        torch.get_num_threads(),
+        worker(subject.model.device),
     ]
     rows, keys = [], []
     for batch, context in itertools.product(config.batch, config.context):
@@ -191,9 +190,7 @@ def bench(
         "prefills": config.prefills,
         "seed": config.seed,
         "dtype": config.dtype,
-        "device": str(subject.model.device),
-        "machine": machine(subject.model.device),
-        "threads": torch.get_num_threads(),
+        **worker(subject.model.device),
         **provenance(*PACKAGES),
         "rows": rows,
     }

@@ -9,8 +9,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table as RichTable
 
-from ctxprune.evals.breakdown import RANGES
-from ctxprune.evals.speed import DYNAMIC, ORACLE, STATIC
+from ctxprune.evals.shapes import BREAKDOWN, DYNAMIC, ORACLE, STATIC
 from ctxprune.evals.tables import Table, markdown_table
 
 Row = dict[str, Any]
@@ -121,19 +120,18 @@ def _speed_table(rows: list[Row], results: dict[str, Any]) -> Table:
 
 
 def _part_table(rows: list[Row], results: dict[str, Any]) -> Table:
-    parts = [*RANGES, "rest"]
     cells = [
         [
             label(row, results),
             str(row["batch"]),
             str(row["context"]),
-            *(f"{row['breakdown'][part]:.2f}" for part in parts),
+            *(f"{row['breakdown'][part]:.2f}" for part in BREAKDOWN),
             f"{row['step_ms']['median']:.2f}",
         ]
         for row in rows
         if "breakdown" in row
     ]
-    header = ["mode", "batch", "context", *parts, "step"]
+    header = ["mode", "batch", "context", *BREAKDOWN, "step"]
     return Table(header, cells, texts=1, title="A decode step in ms")
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctxprune.evals.memory import machine, peak_of
-from ctxprune.evals.provenance import provenance
+from ctxprune.evals.memory import peak_of
+from ctxprune.evals.provenance import provenance, worker
 from ctxprune.evals.speed import spread
 from ctxprune.evals.subject import check_positions, from_folder, prompts
 from ctxprune.pruner.config import FromMapping, TuneConfig, check_at_least
@@ -116,8 +116,7 @@ def training_cost(
         "train": config.train,
         "bf16": config.bf16,
         "repeats": config.repeats,
-        "machine": machine(subject.model.device),
-        "threads": torch.get_num_threads(),
+        **worker(subject.model.device),
         **provenance(*PACKAGES),
         "rows": rows,
     }

@@ -70,13 +70,7 @@ def _measure(
     scores = []
     kept = torch.zeros(len(handle.gates), dtype=torch.float64)
     for window in windows:
-        soft = SoftAttention(
-            Level(prior(level, context), shift),
-            handle.config.protect_first,
-            handle.config.protect_recent,
-            hard=True,
-            attention_bonus=handle.config.attention_bonus,
-        )
+        soft = SoftAttention(Level(prior(level, context), shift), handle.config, hard=True)
         soft.scores = {}
         with handle.training(soft):
             model(window[None].to(model.device), use_cache=False, logits_to_keep=1)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.gate import (
     Gate,
     free_pairs,
@@ -33,10 +34,9 @@ class SoftAttention:
     """How the training path decides, and what it saw, layer by layer.
 
     Attributes:
-        level: the gates' setting.
+        level: the gates' setting. config: the model's.
         sharpness, alpha: see `TuneConfig`; ignored where hard.
         hard: decide by the sign of the score.
-        protect_first, protect_recent, attention_bonus: see `PruneConfig`.
         kept: share of the pairs j < k that survive, one differentiable scalar a layer.
         hard_kept: the same with hard decisions. live: share of the pairs whose decision still
             passes a gradient (0 < p < 1, beyond rounding).
@@ -44,12 +44,10 @@ class SoftAttention:
     """
 
     level: Level
-    protect_first: int
-    protect_recent: int
+    config: PruneConfig
     sharpness: float = 1.0
     alpha: float = 1.0
     hard: bool = False
-    attention_bonus: float = 0.0
 
     def __post_init__(self) -> None:
         self.kept: dict[int, Tensor] = {}
@@ -82,7 +80,8 @@ class SoftAttention:
         """
         rows = torch.arange(key.shape[1], device=key.device)[None]
         queries = rows[:, start:]
-        free = free_pairs(queries, rows, self.protect_first, self.protect_recent)
+        config = self.config
+        free = free_pairs(queries, rows, config.protect_first, config.protect_recent)
         scores = gate.scores(query, key, queries, rows, self.level.log_window, self.level.shift)
         return margin(scores, free, before)
 
@@ -107,17 +106,17 @@ class SoftAttention:
             stale: (b, r) the bonus of the query before the chunk, 0 for the chunk's own tokens.
             received: (b, r) attention before the chunk. size: (b, r) the norms of the values.
         """
-        if self.attention_bonus == 0.0:
+        if self.config.attention_bonus == 0.0:
             return size.new_zeros(())
         settled = self.log_kept(margins + stale[:, None]).masked_fill_(~causal, -torch.inf)
         weights = (product + settled[:, None, None]).softmax(dim=-1)
         total = received[:, None] + weights.mean(dim=(1, 2)).cumsum(dim=1)
         used = log_used(total, size[:, None])
         counted = causal.clone()
-        counted[:, : self.protect_first] = False
+        counted[:, : self.config.protect_first] = False
         usual = (used * counted).sum(dim=-1, keepdim=True)
         usual = usual / counted.sum(dim=-1, keepdim=True).clamp_min(1)
-        return self.attention_bonus * (used - usual)
+        return self.config.attention_bonus * (used - usual)
 
     def log_kept(self, scores: Tensor) -> Tensor:
         """log I of scores of any shape."""
@@ -207,7 +206,7 @@ class _ChunkedAttention(torch.autograd.Function):
                 weights = logits.sub_(norm).exp_()
                 outs.append(_times(weights.to(dtype), v[:, :, :stop]))
                 norms.append(norm)
-                if soft.attention_bonus > 0.0:
+                if soft.config.attention_bonus > 0.0:
                     received = received + weights.mean(dim=(1, 2)).sum(dim=1)
                     stale = bonus[:, -1]
                 before = least[:, -1]

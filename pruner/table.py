@@ -47,6 +47,10 @@ class Table:
         """(b, heads, live, width), a view."""
         return self.columns[name][:, :, : self.live]
 
+    def vector(self, name: str) -> Tensor:
+        """(b, live), a view of a column of one number a row."""
+        return self.column(name)[:, 0, :, 0]
+
     @property
     def capacity(self) -> int:
         """Slots a sequence, free ones included."""

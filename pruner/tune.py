@@ -77,14 +77,11 @@ class Trainee(nn.Module):
             with self.handle.training(None):
                 loss = lm_loss(self.model(ids, use_cache=False).logits, ids)
             return loss, {"lm_loss": loss.detach()}
-        prune = self.handle.config
         soft = (LocalAttention if local else SoftAttention)(
             levels_module.Level(levels_module.prior(level, ids.shape[1]), 0.0),
-            prune.protect_first,
-            prune.protect_recent,
+            self.handle.config,
             sharpness=sharpness,
             alpha=alpha,
-            attention_bonus=prune.attention_bonus,
         )
         if isinstance(soft, LocalAttention):
             return self._local(ids, level, soft)

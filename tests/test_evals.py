@@ -74,6 +74,7 @@ def test_every_level_is_measured(tiny_folder: Callable[[str], Path], config: Eva
     assert dense["tokens"] == pruned["tokens"] == 4 * (CONTEXT - 1)
     assert dense["perplexity"] != pruned["perplexity"]
     assert result["policy"] == "sink"
+    assert result["machine"] and result["threads"] == torch.get_num_threads()
     json.dumps(result)
 
 

@@ -47,6 +47,11 @@ def pruning_model(family: str, dtype: str = "float64") -> tuple[PreTrainedModel,
     return model, attach(model, gates, config)
 
 
+def margin_alone(handle: Handle) -> PruneConfig:
+    """The handle's configuration, but for the bonus."""
+    return replace(handle.config, attention_bonus=0.0)
+
+
 def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
     """(batch, length) ids."""
     generator = torch.Generator().manual_seed(seed)
@@ -192,7 +197,7 @@ def test_eviction_is_the_ranking_written_out(family: str, bonus: float) -> None:
     model, handle = pruning_model(family)
     handle.config = replace(handle.config, attention_bonus=bonus)
     ids = random_ids(2, LENGTH)
-    soft = Noting(Level(prior(0.8, LENGTH)), 2, 3, hard=True)
+    soft = Noting(Level(prior(0.8, LENGTH)), margin_alone(handle), hard=True)
     soft.scores = {}
     with handle.training(soft):
         logits_of(model, ids, use_cache=False)
@@ -216,7 +221,7 @@ def test_training_with_hard_decisions_is_inference(family: str) -> None:
     model, handle = pruning_model(family)
     ids = random_ids(2, LENGTH)
     level = Level(prior(0.8, LENGTH), 1e3)
-    soft = SoftAttention(level, 2, 3, hard=True)
+    soft = SoftAttention(level, margin_alone(handle), hard=True)
     soft.scores = {}
     with handle.training(soft):
         parallel = logits_of(model, ids, use_cache=False)
@@ -228,7 +233,7 @@ def test_training_with_hard_decisions_is_inference(family: str) -> None:
     for layer, least in soft.scores.items():
         table = cache.table(layer)
         order = table.held.argsort(dim=1)
-        margins = table.column("margin")[:, 0, :, 0].gather(1, order)[:, :seen]
+        margins = table.vector("margin").gather(1, order)[:, :seen]
         constant = handle.gate_list[layer].slope * level.log_window + level.shift
         # Attention sinks have no margin in training; at inference they are spared by `score`.
         torch.testing.assert_close((margins + constant)[:, 2:], least[:, seen - 1, 2:seen])
@@ -246,7 +251,8 @@ def test_training_sees_the_bonus_of_inference(
     scores = []
     for bonus in (0.0, 0.5):
         level = Level(prior(0.8, LENGTH), 1e3)
-        soft = SoftAttention(level, 2, 3, hard=True, attention_bonus=bonus)
+        config = replace(handle.config, attention_bonus=bonus)
+        soft = SoftAttention(level, config, hard=True)
         soft.scores = {}
         with handle.training(soft):
             logits_of(model, ids, use_cache=False)
@@ -257,7 +263,7 @@ def test_training_sees_the_bonus_of_inference(
     for layer in range(len(handle.gate_list)):
         table = cache.table(layer)
         size = table.column("value").norm(dim=-1).mean(dim=1)
-        used = (table.column("attention")[:, 0, :, 0] * size).log()
+        used = (table.vector("attention") * size).log()
         used = used.gather(1, table.held.argsort(dim=1))[:, :LENGTH]
         expected = 0.5 * (used - used[:, 2:].mean(dim=1, keepdim=True))
         added = (scores[1][layer] - scores[0][layer])[:, -1]
@@ -270,11 +276,11 @@ def test_soft_attention_hardens_to_the_threshold(family: str) -> None:
     model, handle = pruning_model(family)
     ids = random_ids(2, 80)
     level = Level(prior(0.7, 80))
-    with handle.training(SoftAttention(level, 2, 3, hard=True)):
+    with handle.training(SoftAttention(level, handle.config, hard=True)):
         hard = logits_of(model, ids, use_cache=False)
     distances = []
     for sharpness in (1.0, 30.0, 1e9):
-        with handle.training(SoftAttention(level, 2, 3, sharpness=sharpness)):
+        with handle.training(SoftAttention(level, handle.config, sharpness=sharpness)):
             distances.append(float((logits_of(model, ids, use_cache=False) - hard).abs().max()))
     assert distances[0] > distances[2]
     assert distances[2] < 1e-3

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_soft import written_out
 
 from ctxprune.pruner.checkpoint import GATES, load
-from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.config import PruneConfig, TuneConfig
 from ctxprune.pruner.engine import Handle, handle_of
 from ctxprune.pruner.errors import Interrupted
 from ctxprune.pruner.levels import Level, prior
@@ -26,6 +26,7 @@ from ctxprune.pruner.tune import tune
 
 Make = Callable[[str], Path]
 
+CONFIG = PruneConfig(attention_bonus=0.0)
 RUN = TuneConfig(sparsity=0.7, steps=3, local_steps=4, context=128, batch_size=2, save_every=2)
 
 
@@ -33,7 +34,7 @@ def local_pass(
     model: torch.nn.Module, ids: torch.Tensor, level: Level | None = None
 ) -> LocalAttention:
     """A forward pass that compares softly pruned attention with dense attention."""
-    soft = LocalAttention(level or Level(1.5), 1, 1, sharpness=1.3)
+    soft = LocalAttention(level or Level(1.5), CONFIG, sharpness=1.3)
     with soft.watch(model), handle_of(model).training(soft):  # type: ignore[arg-type]
         model(ids, use_cache=False)
     return soft
@@ -74,7 +75,7 @@ def test_the_model_runs_dense_and_only_gates_have_gradients(tiny_folder: Make, f
     model = load(tiny_folder(family))
     model.requires_grad_(True)
     ids = torch.randint(0, 60, (1, 40))
-    soft = LocalAttention(Level(1.5), 1, 1)
+    soft = LocalAttention(Level(1.5), CONFIG)
     with torch.no_grad():
         dense = model(ids, use_cache=False).logits
     with soft.watch(model), handle_of(model).training(soft):

@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import re
+import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -347,6 +349,21 @@ def test_other_files_are_refused(content: Any, message: str) -> None:
     with pytest.raises(CtxpruneError, match=re.escape("`x.json`")) as caught:
         merge([("x.json", content)])
     assert message in caught.value.message and "--json" in caught.value.hint
+
+
+def test_a_page_needs_no_torch(tmp_path: Path) -> None:
+    for name, content in FILES:
+        (tmp_path / name).write_text(json.dumps(content))
+    script = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from ctxprune.cli.main import app\n"
+        "result = CliRunner().invoke(app, ['report', *sys.argv[1:]])\n"
+        "assert result.exit_code == 0, result.output\n"
+        "assert not {'torch', 'transformers', 'lm_eval'} & set(sys.modules)\n"
+    )
+    names = [name for name, _ in FILES]
+    subprocess.run([sys.executable, "-c", script, *names], check=True, cwd=tmp_path)
 
 
 def test_the_command_writes_what_the_suffix_says(tmp_path: Path) -> None:

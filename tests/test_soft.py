@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ctxprune.pruner import soft as soft_module
+from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.gate import Gate, free_pairs, log_survival, margin
 from ctxprune.pruner.levels import Level
 from ctxprune.pruner.soft import SoftAttention, soft_attend
@@ -28,7 +29,7 @@ def written_out(
     """softmax(Q K^T scale + log I) V with n x n tensors, and the mean of I over j < k."""
     batch, length = hidden.shape[:2]
     position = torch.arange(length)[None]
-    free = free_pairs(position, position, soft.protect_first, soft.protect_recent)
+    free = free_pairs(position, position, soft.config.protect_first, soft.config.protect_recent)
     scores = gate.scores(
         *gate.interact(hidden), position, position, soft.level.log_window, soft.level.shift
     )
@@ -66,9 +67,10 @@ def bonus_written_out(
             return (product[:, :, k] + log_kept[:, None]).softmax(dim=-1).mean(dim=1)
 
         running = running + received(margins[:, k] + stale)
-        worth = (running * size)[:, soft.protect_first : k + 1].log()
+        rows = slice(soft.config.protect_first, k + 1)
+        worth = (running * size)[:, rows].log()
         usual = worth.mean(dim=1, keepdim=True) if worth.shape[1] else 0.0
-        bonus[:, k, soft.protect_first : k + 1] = soft.attention_bonus * (worth - usual)
+        bonus[:, k, rows] = soft.config.attention_bonus * (worth - usual)
         final = final + received(margins[:, k] + bonus[:, k])
     return bonus
 
@@ -91,7 +93,8 @@ def test_values_and_gradients_are_those_of_the_equations(
 ) -> None:
     monkeypatch.setattr(soft_module, "CHUNK", chunk)
     gate, tensors = case(24)
-    soft = SoftAttention(Level(1.5, 0.1), 2, 3, sharpness=1.7, alpha=alpha, attention_bonus=bonus)
+    config = PruneConfig(protect_first=2, protect_recent=3, attention_bonus=bonus)
+    soft = SoftAttention(Level(1.5, 0.1), config, sharpness=1.7, alpha=alpha)
     found = soft_attend(soft, gate, 0, *tensors, scale=0.5)
     expected, kept = written_out(soft, gate, *tensors)
     torch.testing.assert_close(found, expected)
@@ -109,7 +112,7 @@ def test_values_and_gradients_are_those_of_the_equations(
 def test_nothing_of_a_pass_outlives_it() -> None:
     """What it noted refers to its graph, and the graph to it: that cycle has to be cut."""
     gate, tensors = case(24)
-    soft = SoftAttention(Level(1.5), 1, 1)
+    soft = SoftAttention(Level(1.5), PruneConfig())
     soft_attend(soft, gate, 0, *tensors, scale=0.5).sum().backward()
     noted = weakref.ref(soft.kept[0])
     del soft
@@ -120,7 +123,7 @@ def test_what_is_kept_for_the_backward_pass_grows_linearly() -> None:
     """Floats saved by the layer at 512 tokens: fewer than a single n x n matrix."""
     gate, tensors = case(512)
     saved: list[int] = []
-    soft = SoftAttention(Level(3.0), 1, 1, attention_bonus=1.0)
+    soft = SoftAttention(Level(3.0), PruneConfig())
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (saved.append(tensor.numel()), tensor)[1], lambda tensor: tensor
     ):

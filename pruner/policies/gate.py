@@ -65,7 +65,7 @@ class GatePolicy(Policy):
 
     def observe(self, layer: int, table: Table, block: Block, weights: Tensor) -> None:
         """Add up what each row received, from its own query on."""
-        table.column("attention")[:, 0, :, 0] += weights.sum(dim=1)
+        table.vector("attention").add_(weights.sum(dim=1))
 
     def digest(self, layer: int, table: Table, block: Block) -> None:
         """Lower the margins by the scores of these queries."""
@@ -74,7 +74,7 @@ class GatePolicy(Policy):
         )
         age = block.position[:, :, None] - table.held[:, None, :]
         forgetting = self._forgetting(layer, block.seen)[age.clamp_min_(0)]
-        margin = table.column("margin")[:, 0, :, 0]
+        margin = table.vector("margin")
         margin.copy_(torch.minimum(margin, (content + forgetting).amin(dim=1)))
 
     def _forgetting(self, layer: int, longest: int) -> Tensor:
@@ -91,10 +91,10 @@ class GatePolicy(Policy):
 
     def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
         """(b, r): margin and bonus, +inf for attention sinks."""
-        score = table.column("margin")[:, 0, :, 0]
+        score = table.vector("margin")
         if self.needs_weights:
             size = value_size(table.column("value")).to(score.dtype)
-            used = log_used(table.column("attention")[:, 0, :, 0], size)
+            used = log_used(table.vector("attention"), size)
             score = score + self.config.attention_bonus * used
         return score.masked_fill(table.held < self.config.protect_first, torch.inf)
 

@@ -26,12 +26,12 @@ class H2OPolicy(Policy):
 
     def observe(self, layer: int, table: Table, block: Block, weights: Tensor) -> None:
         """Add up what each row got."""
-        table.column("attention")[:, 0, :, 0] += weights.sum(dim=1)
+        table.vector("attention").add_(weights.sum(dim=1))
 
     def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
         """(b, r): the sum of attention; the newer half of the budget is protected."""
         recent = table.held > newest - limit // 2
-        return table.column("attention")[:, 0, :, 0].masked_fill(recent, torch.inf)
+        return table.vector("attention").masked_fill(recent, torch.inf)
 
 
 def make(request: Request) -> H2OPolicy:

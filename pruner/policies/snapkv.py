@@ -33,13 +33,13 @@ class SnapKVPolicy(Policy):
         """Add up the votes of this period; the first query of a period begins a new count."""
         begins = (block.position % self._even.period == 0) & (block.position >= 0)
         first = begins.any(dim=1, keepdim=True)
-        votes = table.column("votes")[:, 0, :, 0]
+        votes = table.vector("votes")
         votes.copy_(votes.masked_fill(first, 0.0) + weights.sum(dim=1))
 
     def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
         """(b, r): pooled votes; the observers, or half of a smaller budget, are protected."""
         order = table.held.argsort(dim=1)
-        votes = table.column("votes")[:, 0, :, 0].gather(1, order)
+        votes = table.vector("votes").gather(1, order)
         # Free slots come first and have no votes to give.
         votes = votes.masked_fill(table.held.gather(1, order) < 0, 0.0)
         pooled = F.max_pool1d(votes[:, None], KERNEL, stride=1, padding=KERNEL // 2)[:, 0]

@@ -27,13 +27,13 @@ class TovaPolicy(Policy):
         """Remember the weights of each sequence's newest query."""
         last = block.position.argmax(dim=1)[:, None, None].expand(-1, 1, weights.shape[2])
         newest = weights.gather(1, last)[:, 0]
-        column = table.column("attention")[:, 0, :, 0]
+        column = table.vector("attention")
         read = (block.position >= 0).any(dim=1, keepdim=True)
         column.copy_(torch.where(read, newest, column))
 
     def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
         """(b, r): the newest query's attention."""
-        return table.column("attention")[:, 0, :, 0]
+        return table.vector("attention")
 
 
 def make(request: Request) -> TovaPolicy:
