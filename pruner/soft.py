@@ -89,7 +89,7 @@ class SoftAttention:
         self,
         product: Tensor,
         margins: Tensor,
-        causal: Tensor,
+        seen: Tensor,
         stale: Tensor,
         received: Tensor,
         size: Tensor,
@@ -102,18 +102,18 @@ class SoftAttention:
 
         Args:
             product: (b, h_kv, groups, q, r) query times key, scaled. margins: (b, q, r).
-            causal: bool (q, r), see `_causal`.
+            seen: (q, r), see `_seen`.
             stale: (b, r) the bonus of the query before the chunk, 0 for the chunk's own tokens.
             received: (b, r) attention before the chunk. size: (b, r) the norms of the values.
         """
         if self.config.attention_bonus == 0.0:
             return size.new_zeros(())
-        settled = self.log_kept(margins + stale[:, None]).masked_fill_(~causal, -torch.inf)
+        settled = self.log_kept(margins + stale[:, None]) + seen.log()
         weights = (product + settled[:, None, None]).softmax(dim=-1)
         total = received[:, None] + weights.mean(dim=(1, 2)).cumsum(dim=1)
         used = log_used(total, size[:, None])
-        counted = causal.clone()
-        counted[:, : self.config.protect_first] = False
+        counted = seen.clone()
+        counted[:, : self.config.protect_first] = 0.0
         usual = (used * counted).sum(dim=-1, keepdim=True)
         usual = usual / counted.sum(dim=-1, keepdim=True).clamp_min(1)
         return self.config.attention_bonus * (used - usual)
@@ -158,9 +158,8 @@ def soft_attend(
 class _ChunkedAttention(torch.autograd.Function):
     """Attention and the sum of I over j < k, chunk by chunk.
 
-    It keeps its inputs, its output, a number a query and head, and three vectors a chunk: how the
-    tokens before it stood. Query heads are folded into the query axis of their key's head:
-    (b, h_kv, groups * q, d).
+    It keeps its inputs, its output, and three vectors a chunk: how the tokens before it stood.
+    Query heads are folded into the query axis of their key's head: (b, h_kv, groups * q, d).
     """
 
     @staticmethod
@@ -181,7 +180,7 @@ class _ChunkedAttention(torch.autograd.Function):
         batch, length = gate_key.shape[:2]
         size = value_size(v.detach().to(bias.dtype))
         before = stale = received = bias.new_empty((batch, 0))
-        outs, norms, states, scores = [], [], [], []
+        outs, states, scores = [], [], []
         kept, hard_kept, live = (bias.new_zeros(()) for _ in range(3))
         with no_autocast(query.device):
             for start in range(0, length, CHUNK):
@@ -189,23 +188,20 @@ class _ChunkedAttention(torch.autograd.Function):
                 before = _padded(before, stop, torch.inf)
                 stale, received = (_padded(known, stop, 0.0) for known in (stale, received))
                 states += [before, stale, received]
-                causal = _causal(start, stop, bias)
+                seen = _seen(start, stop, bias)
                 logits = _product(q[:, :, :, start:stop], k[:, :, :stop], scale, bias)
                 least = soft.margins(
                     gate, gate_query[:, start:stop], gate_key[:, :stop], start, before
                 )
-                bonus = soft.bonus(logits, least, causal, stale, received, size[:, :stop])
+                bonus = soft.bonus(logits, least, seen, stale, received, size[:, :stop])
                 score = least + bonus
-                log_kept = soft.log_kept(score)
-                survived = log_kept.exp() * causal
+                log_kept = soft.log_kept(score) + seen.log()
+                survived = log_kept.exp()
                 kept = kept + survived.sum() - batch * (stop - start)
-                hard_kept = hard_kept + ((score > 0) & causal).sum() - batch * (stop - start)
+                hard_kept = hard_kept + ((score > 0) * seen).sum() - batch * (stop - start)
                 live = live + ((survived > 1e-3) & (survived < 1 - 1e-3)).sum()
-                logits += log_kept.masked_fill_(~causal, -torch.inf)[:, None, None]
-                norm = logits.logsumexp(dim=-1, keepdim=True)
-                weights = logits.sub_(norm).exp_()
+                weights = logits.add_(log_kept[:, None, None]).softmax(dim=-1)
                 outs.append(_times(weights.to(dtype), v[:, :, :stop]))
-                norms.append(norm)
                 if soft.config.attention_bonus > 0.0:
                     received = received + weights.mean(dim=(1, 2)).sum(dim=1)
                     stale = bonus[:, -1]
@@ -214,34 +210,32 @@ class _ChunkedAttention(torch.autograd.Function):
                     scores.append(_padded(score, length, -torch.inf))
         out = torch.cat(outs, dim=3)
         ctx.save_for_backward(
-            query, key, value, gate_query, gate_key, slope, bias, out, size, *norms, *states
+            query, key, value, gate_query, gate_key, slope, bias, out, size, *states
         )
         ctx.how = how
-        seen = torch.cat(scores, dim=1) if scores else None
+        noted = torch.cat(scores, dim=1) if scores else None
         ctx.mark_non_differentiable(hard_kept, live)
-        return out.flatten(1, 2).to(query.dtype), kept, hard_kept, live, seen
+        return out.flatten(1, 2).to(query.dtype), kept, hard_kept, live, noted
 
     @staticmethod
     def backward(
         ctx: Any, grad_out: Tensor, grad_kept: Tensor, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        query, key, value, gate_query, gate_key, slope, bias, out, size, *kept = ctx.saved_tensors
+        query, key, value, gate_query, gate_key, slope, bias, out, size, *states = ctx.saved_tensors
         soft, gate, scale = ctx.how
         dtype = out.dtype
         q, k, v = _fold(query, key).to(dtype), key.to(dtype), value.to(dtype)
         grad_out = _fold(grad_out, key).to(dtype)
         length = gate_key.shape[1]
-        starts = range(0, length, CHUNK)
-        norms, states = kept[: len(starts)], kept[len(starts) :]
         wide = bias.dtype
         grads = [torch.zeros_like(t, dtype=wide) for t in (q, k, v, gate_query, gate_key)]
         grad_q, grad_k, grad_v, grad_gate_q, grad_gate_k = grads
         grad_slope, grad_bias = torch.zeros_like(slope), torch.zeros_like(bias)
         grad_after: Tensor | None = None
-        for index, start in reversed(list(enumerate(starts))):
+        for index, start in reversed(list(enumerate(range(0, length, CHUNK)))):
             stop = min(start + CHUNK, length)
             part = slice(start, stop)
-            causal = _causal(start, stop, bias)
+            seen = _seen(start, stop, bias)
             before, stale, received = states[3 * index : 3 * index + 3]
             logits = _product(q[:, :, :, part], k[:, :, :stop], scale, bias)
             leaves = [
@@ -250,12 +244,11 @@ class _ChunkedAttention(torch.autograd.Function):
             ]
             with torch.enable_grad():
                 least = soft.margins(gate, leaves[0], leaves[1], start, leaves[2])
-                bonus = soft.bonus(logits, least.detach(), causal, stale, received, size[:, :stop])
-                log_kept = soft.log_kept(least + bonus)
-                survived = (log_kept.exp() * causal).sum()
+                bonus = soft.bonus(logits, least.detach(), seen, stale, received, size[:, :stop])
+                log_kept = soft.log_kept(least + bonus) + seen.log()
+                survived = log_kept.exp().sum()
                 after = least[:, -1]
-            logits += log_kept.detach().masked_fill(~causal, -torch.inf)[:, None, None]
-            weights = logits.sub_(norms[index]).exp_()
+            weights = logits.add_(log_kept.detach()[:, None, None]).softmax(dim=-1)
             upstream = grad_out[:, :, :, part]
             grad_weights = _times(upstream, v[:, :, :stop].transpose(-1, -2)).to(wide)
             mean = (upstream.to(wide) * out[:, :, :, part].to(wide)).sum(-1, keepdim=True)
@@ -304,10 +297,11 @@ def _fold(query: Tensor, key: Tensor) -> Tensor:
     return folded
 
 
-def _causal(start: int, stop: int, like: Tensor) -> Tensor:
-    """Bool (q, r): row r is not later than query start + q."""
-    rows = torch.arange(stop, device=like.device)
-    return rows <= rows[start:, None]
+def _seen(start: int, stop: int, like: Tensor) -> Tensor:
+    """(q, r): 1 where row r is not later than query start + q, else 0."""
+    seen = like.new_ones((stop - start, stop))
+    seen[:, start:].tril_()
+    return seen
 
 
 def _padded(known: Tensor, rows: int, new: float) -> Tensor:
