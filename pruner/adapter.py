@@ -36,7 +36,8 @@ LORA, GATES = "lora/", "gates/"
 def wrap(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     """LoRA of a rank around the projections of a model, which is frozen.
 
-    What peft returns is a module of its own kind that stands for the model.
+    Its factor is 2 at any rank, so that the matrices of two runs can be stacked. What peft returns
+    is a module of its own kind that stands for the model.
     """
     config = LoraConfig(
         r=rank,
@@ -55,16 +56,24 @@ def save(
     provenance: Mapping[str, Any],
     *,
     rank: int,
+    onto: Path | None = None,
 ) -> None:
     """Write the adapter of a model that `wrap` made; rank 0: only gates were tuned.
 
     The LoRA matrices are rounded to bfloat16: half the size, and less than what a step of the
     optimizer changes. The gates stay as they are.
+
+    Args:
+        onto: the adapter that had been merged before, if any: the new one holds both, as LoRA of
+            the sum of their ranks.
     """
+    matrices = get_peft_model_state_dict(model) if rank else {}
+    if onto is not None:
+        about, before = _read(onto)
+        matrices = _stacked(_part(before, LORA), matrices)
+        rank += about["lora_rank"]
     tensors = {GATES + name: tensor for name, tensor in gates.state_dict().items()}
-    if rank:
-        for name, tensor in get_peft_model_state_dict(model).items():
-            tensors[LORA + name] = tensor.to(torch.bfloat16)
+    tensors |= {LORA + name: matrix.to(torch.bfloat16) for name, matrix in matrices.items()}
     about = {
         "config": dataclasses.asdict(config),
         "provenance": dict(provenance),
@@ -85,14 +94,7 @@ def apply(
     Raises:
         CtxpruneError: no adapter, or one of another model.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["ctxprune"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CtxpruneError(
-            f"`{path}` is no adapter of ctxprune", f"give the {FILE} that `ctxprune tune` wrote"
-        ) from error
+    about, tensors = _read(path)
     config = PruneConfig.from_mapping(about["config"], str(path))
     gates = new_gates(model, config)
     try:
@@ -105,6 +107,27 @@ def apply(
             f"it was trained on {about['provenance'].get('base', 'another one')}",
         ) from error
     return model, gates, config, about["provenance"]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["ctxprune"])
+            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CtxpruneError(
+            f"`{path}` is no adapter of ctxprune", f"give the {FILE} that `ctxprune tune` wrote"
+        ) from error
+
+
+def _stacked(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    """B1 A1 + B2 A2 = [B1 B2] [A1; A2], A (rank, in) and B (out, rank)."""
+    if not (first and second):
+        return first or second
+    return {
+        name: torch.cat([first[name], matrix.to(first[name])], dim=0 if "lora_A" in name else 1)
+        for name, matrix in second.items()
+    }
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

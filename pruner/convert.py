@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import AbstractContextManager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from ctxprune.pruner import checkpoint
+from ctxprune.pruner.adapter import FILE as ADAPTER
 from ctxprune.pruner.adapter import apply as apply_adapter
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.engine import DENSE, new_gates
@@ -71,6 +73,8 @@ def convert(
         provenance = {**about, "base": name}
     with checkpoint.staged(out, force=force) as folder:
         checkpoint.write(folder, model, gates, config, tokenizer, provenance)
+        if adapter is not None:
+            shutil.copyfile(adapter, folder / ADAPTER)
     return out
 
 

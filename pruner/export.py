@@ -67,10 +67,12 @@ def model_card(
         "`transformers.AutoModelForCausalLM.from_pretrained` loads the same folder as a plain,",
         "dense model.",
     ]
-    tuned = about["provenance"].get("tune")
-    if tuned:
-        told = ", ".join(f"{key} {value}" for key, value in tuned.items() if value is not None)
-        lines += ["", "## Training", "", told]
+    provenance = about["provenance"]
+    if "tune" in provenance:
+        lines += ["", "## Training"]
+        for tuned in (*provenance.get("earlier", []), provenance["tune"]):
+            told = ", ".join(f"{key} {value}" for key, value in tuned.items() if value is not None)
+            lines += ["", told]
     if results:
         lines += ["", "## Measured", "", *_table(results)]
     elif measured:

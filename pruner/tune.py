@@ -384,11 +384,15 @@ def _finish(
         )
     on_phase(f"writing {out}")
     provenance = checkpoint.read_settings(run.source).get("provenance", {})
-    provenance = {**provenance, "tune": _told(config)}
+    earlier = [*provenance.get("earlier", []), provenance["tune"]] if "tune" in provenance else []
+    provenance = {**provenance, "tune": _told(config), "earlier": earlier}
+    onto = run.source / adapter.FILE if earlier else None
     with checkpoint.staged(out, force=force) as folder:
-        if config.train != "full":
+        # An adapter is for published weights; where all of them were tuned before, none can be.
+        if config.train != "full" and (onto is None or onto.is_file()):
             rank = config.lora_rank if config.train == "lora" else 0
-            adapter.save(folder / adapter.FILE, model, handle.gates, prune, provenance, rank=rank)
+            file = folder / adapter.FILE
+            adapter.save(file, model, handle.gates, prune, provenance, rank=rank, onto=onto)
         if config.train == "lora":
             model = model.merge_and_unload()  # type: ignore[operator]
         checkpoint.write(folder, model, handle.gates, prune, tokenizer, provenance)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_tune import run_config
 
@@ -49,6 +50,44 @@ def test_an_adapter_and_the_source_are_the_tuned_model(
     torch.testing.assert_close(*logits, atol=2e-2, rtol=0)
     provenance = json.loads((again / SETTINGS).read_text())["provenance"]
     assert provenance["tune"]["data"] == text_file.name  # no path of the machine it was made on
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "rank"), [("lora", "lora", 24), ("gates", "lora", 8), ("lora", "gates", 16)]
+)
+def test_a_second_run_adds_to_the_adapter_of_the_first(
+    tiny_folder: Make,
+    dense_folder: Make,
+    text_file: Path,
+    tmp_path: Path,
+    first: str,
+    second: str,
+    rank: int,
+) -> None:
+    """With the published weights it is the model after both, also where an adapter made it."""
+    tuned = tune(tiny_folder("gpt2"), tmp_path / "tuned", run_config(text_file, train=first))
+    source, file = str(dense_folder("gpt2")), tuned / adapter.FILE
+    made = convert(source, tmp_path / "made", PruneConfig(), adapter=file)
+    more = run_config(text_file, train=second, lora_rank=8, seed=1)
+    twice = tune(made, tmp_path / "twice", more)
+    again = convert(source, tmp_path / "again", PruneConfig(), adapter=twice / adapter.FILE)
+    ids = torch.arange(1, 90)[None]
+    once, there, here = (load(folder, sparsity=0.0) for folder in (tuned, twice, again))
+    with torch.no_grad():
+        torch.testing.assert_close(here(ids).logits, there(ids).logits, atol=2e-2, rtol=0)
+        assert second == "gates" or (here(ids).logits - once(ids).logits).abs().max() > 2e-2
+    with safe_open(twice / adapter.FILE, framework="pt") as opened:
+        about = json.loads(opened.metadata()["ctxprune"])
+    assert about["lora_rank"] == rank
+    assert [run["train"] for run in about["provenance"]["earlier"]] == [first]
+
+
+def test_after_full_tuning_there_is_no_adapter(
+    tiny_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    full = tune(tiny_folder("gpt2"), tmp_path / "full", run_config(text_file, train="full"))
+    twice = tune(full, tmp_path / "twice", run_config(text_file, train="lora"))
+    assert not (twice / adapter.FILE).exists()
 
 
 def test_an_adapter_of_another_model_is_refused(
