@@ -56,21 +56,19 @@ def convert(
 ) -> None:
     """Add gates to a pretrained checkpoint; it prunes nothing until it is tuned.
 
-    With an adapter it is tuned already, and the adapter's own settings count.
+    With an adapter it is tuned already; the bonus and the cap can still be changed.
     """
     from ctxprune.pruner import convert as conversion
 
-    config = PruneConfig(
-        **given(
-            rank=rank,
-            protect_first=protect_first,
-            protect_recent=protect_recent,
-            attention_bonus=attention_bonus,
-            max_rows=max_rows,
-        )
+    settings = given(
+        rank=rank,
+        protect_first=protect_first,
+        protect_recent=protect_recent,
+        attention_bonus=attention_bonus,
+        max_rows=max_rows,
     )
     folder: Path = conversion.convert(
-        model, out, config, adapter=adapter, force=force, trust_remote_code=trust_remote_code
+        model, out, settings, adapter=adapter, force=force, trust_remote_code=trust_remote_code
     )
     set_current(folder)
     following = "tune --sparsity 0.8" if adapter is None else "eval"

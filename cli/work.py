@@ -164,13 +164,12 @@ class Work:
         return self.out / name if self._note(name).is_file() else Path(name)
 
     def _convert(self, step: Step) -> None:
-        from ctxprune.pruner.config import PruneConfig
         from ctxprune.pruner.convert import convert
 
         convert(
             step.options.get("source"),
             self.out / step.name,
-            PruneConfig.from_mapping(_fields(step), f"step `{step.name}`"),
+            _fields(step),
             adapter=Path(step.options["adapter"]) if step.options.get("adapter") else None,
             force=True,
             trust_remote_code=bool(step.options.get("trust_remote_code", False)),

@@ -31,6 +31,8 @@ from ctxprune.pruner.families import family_of
 
 FILE = "adapter.ctxprune"
 LORA, GATES = "lora/", "gates/"
+# Settings that can change without tuning again.
+DIALS = ("attention_bonus", "max_rows")
 
 
 def wrap(model: PreTrainedModel, rank: int) -> PreTrainedModel:
@@ -79,23 +81,36 @@ def save(
         "provenance": dict(provenance),
         "lora_rank": rank,
     }
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"ctxprune": json.dumps(about)})
+    _write(path, about, tensors)
+
+
+def copy(path: Path, to: Path, config: PruneConfig) -> None:
+    """Write an adapter again, with a configuration that may have changed."""
+    about, tensors = _read(path)
+    _write(to, {**about, "config": dataclasses.asdict(config)}, tensors)
 
 
 def apply(
-    path: Path, model: PreTrainedModel
+    path: Path, model: PreTrainedModel, changes: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, nn.ModuleList, PruneConfig, dict[str, Any]]:
     """Merge an adapter into the weights that it was trained on.
+
+    Args:
+        changes: settings to take in place of the adapter's, some of `DIALS`.
 
     Returns:
         the model, its gates, their configuration, and the adapter's provenance.
 
     Raises:
-        CtxpruneError: no adapter, or one of another model.
+        CtxpruneError: no adapter, one of another model, or a setting that it was tuned with.
     """
+    for name in changes:
+        if name not in DIALS:
+            raise CtxpruneError(
+                f"the adapter was tuned with a `{name}` of its own", "leave it out here"
+            )
     about, tensors = _read(path)
-    config = PruneConfig.from_mapping(about["config"], str(path))
+    config = PruneConfig.from_mapping({**about["config"], **changes}, str(path))
     gates = new_gates(model, config)
     try:
         gates.load_state_dict(_part(tensors, GATES))
@@ -118,6 +133,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CtxpruneError(
             f"`{path}` is no adapter of ctxprune", f"give the {FILE} that `ctxprune tune` wrote"
         ) from error
+
+
+def _write(path: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"ctxprune": json.dumps(about)})
 
 
 def _stacked(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:

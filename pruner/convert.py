@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -18,9 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ctxprune.pruner import adapter as adapters
 from ctxprune.pruner import checkpoint
-from ctxprune.pruner.adapter import FILE as ADAPTER
-from ctxprune.pruner.adapter import apply as apply_adapter
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.engine import DENSE, new_gates
 from ctxprune.pruner.errors import CtxpruneError
@@ -30,7 +29,7 @@ from ctxprune.pruner.families import family_of
 def convert(
     source: str | None,
     out: Path,
-    config: PruneConfig,
+    settings: Mapping[str, Any],
     *,
     adapter: Path | None = None,
     force: bool = False,
@@ -41,14 +40,15 @@ def convert(
     Args:
         source: hub id, folder, or .gguf file; None: the embedded checkpoint.
         out: folder to make. force: replace it if it exists.
-        config: rank and protected tokens.
-        adapter: what `tune` added to this very source; its own configuration then counts.
+        settings: fields of `PruneConfig` that are given; the others keep their defaults.
+        adapter: what `tune` added to this very source, whose settings are then the defaults.
         trust_remote_code: let a hub repository run its own code.
 
     Raises:
         CtxpruneError: missing, damaged or unsupported source; `out` exists; no space left.
     """
     checkpoint.refuse_existing(out, force=force)
+    config = PruneConfig.from_mapping(settings, "the settings")
     if source is None:
         with embedded_folder() as folder:
             model, tokenizer = _from_folder(folder)
@@ -69,12 +69,12 @@ def convert(
     if adapter is None:
         gates = new_gates(model, config)
     else:
-        model, gates, config, about = apply_adapter(adapter, model)
+        model, gates, config, about = adapters.apply(adapter, model, settings)
         provenance = {**about, "base": name}
     with checkpoint.staged(out, force=force) as folder:
         checkpoint.write(folder, model, gates, config, tokenizer, provenance)
         if adapter is not None:
-            shutil.copyfile(adapter, folder / ADAPTER)
+            adapters.copy(adapter, folder / adapters.FILE, config)
     return out
 
 

@@ -106,7 +106,7 @@ def remembering_model(known: Sequence[int], vocabulary: int) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def embedded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded checkpoint, converted: its tokenizer knows words."""
-    return convert(None, tmp_path_factory.mktemp("embedded") / "converted", PruneConfig())
+    return convert(None, tmp_path_factory.mktemp("embedded") / "converted", {})
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +146,7 @@ def tiny_folder(dense_folder: Callable[[str], Path], tmp_path: Path) -> Callable
 
     def make(family: str) -> Path:
         out = tmp_path / f"converted-{family}"
-        return convert(str(dense_folder(family)), out, PruneConfig(rank=8, context=128))
+        return convert(str(dense_folder(family)), out, {"rank": 8, "context": 128})
 
     return make
 

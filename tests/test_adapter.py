@@ -15,7 +15,6 @@ from test_tune import run_config
 
 from ctxprune.pruner import adapter
 from ctxprune.pruner.checkpoint import GATES, SETTINGS, load, read_config
-from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.convert import convert
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError
@@ -32,7 +31,7 @@ def test_an_adapter_and_the_source_are_the_tuned_model(
     config = run_config(text_file, train=train)
     tuned = tune(tiny_folder(family), tmp_path / "tuned", config)
     file = tuned / adapter.FILE
-    again = convert(str(dense_folder(family)), tmp_path / "again", PruneConfig(), adapter=file)
+    again = convert(str(dense_folder(family)), tmp_path / "again", {}, adapter=file)
     assert read_config(again) == read_config(tuned)
     gates = load_file(tuned / GATES)
     assert all(torch.equal(gates[n], t) for n, t in load_file(again / GATES).items())
@@ -67,10 +66,10 @@ def test_a_second_run_adds_to_the_adapter_of_the_first(
     """With the published weights it is the model after both, also where an adapter made it."""
     tuned = tune(tiny_folder("gpt2"), tmp_path / "tuned", run_config(text_file, train=first))
     source, file = str(dense_folder("gpt2")), tuned / adapter.FILE
-    made = convert(source, tmp_path / "made", PruneConfig(), adapter=file)
+    made = convert(source, tmp_path / "made", {}, adapter=file)
     more = run_config(text_file, train=second, lora_rank=8, seed=1)
     twice = tune(made, tmp_path / "twice", more)
-    again = convert(source, tmp_path / "again", PruneConfig(), adapter=twice / adapter.FILE)
+    again = convert(source, tmp_path / "again", {}, adapter=twice / adapter.FILE)
     ids = torch.arange(1, 90)[None]
     once, there, here = (load(folder, sparsity=0.0) for folder in (tuned, twice, again))
     with torch.no_grad():
@@ -90,14 +89,29 @@ def test_after_full_tuning_there_is_no_adapter(
     assert not (twice / adapter.FILE).exists()
 
 
+def test_what_needs_no_tuning_can_be_changed(
+    tiny_folder: Make, dense_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    tuned = tune(tiny_folder("gpt2"), tmp_path / "tuned", run_config(text_file, train="gates"))
+    source, file = str(dense_folder("gpt2")), tuned / adapter.FILE
+    dials = {"attention_bonus": 2.0, "max_rows": 64}
+    made = convert(source, tmp_path / "made", dials, adapter=file)
+    assert read_config(made) == replace(read_config(tuned), **dials)
+    # The adapter in the new folder says so too.
+    again = convert(source, tmp_path / "again", {}, adapter=made / adapter.FILE)
+    assert read_config(again) == read_config(made)
+    with pytest.raises(CtxpruneError, match="`rank`"):
+        convert(source, tmp_path / "other", {"rank": 8}, adapter=file)
+
+
 def test_an_adapter_of_another_model_is_refused(
     tiny_folder: Make, dense_folder: Make, text_file: Path, tmp_path: Path
 ) -> None:
     tuned = tune(tiny_folder("gpt2"), tmp_path / "tuned", run_config(text_file, train="lora"))
     out = tmp_path / "out"
     with pytest.raises(CtxpruneError, match="does not fit"):
-        convert(str(dense_folder("llama")), out, PruneConfig(), adapter=tuned / adapter.FILE)
+        convert(str(dense_folder("llama")), out, {}, adapter=tuned / adapter.FILE)
     for wrong in (tuned / "model.safetensors", tmp_path / "none"):
         with pytest.raises(CtxpruneError, match="no adapter"):
-            convert(str(dense_folder("gpt2")), out, PruneConfig(), adapter=wrong)
+            convert(str(dense_folder("gpt2")), out, {}, adapter=wrong)
     assert not out.exists()

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from ctxprune.pruner import checkpoint
 from ctxprune.pruner.checkpoint import GATES, SETTINGS, load
-from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.convert import convert
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError
@@ -27,7 +26,7 @@ def refuse(message: str, source: str | None, out: Path, **options: Any) -> None:
     """Assert that a conversion fails with this message, and writes nothing."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(CtxpruneError, match=message):
-        convert(source, out, PruneConfig(rank=4), **options)
+        convert(source, out, {"rank": 4}, **options)
     assert sorted(out.parent.iterdir()) == before
 
 
@@ -97,7 +96,7 @@ def test_an_output_that_exists_needs_force(tmp_path: Path, dense_folder: Make) -
     (out / "mine").write_text("keep")
     refuse("exists already", source, out)
     assert (out / "mine").read_text() == "keep"
-    convert(source, out, PruneConfig(rank=4), force=True)
+    convert(source, out, {"rank": 4}, force=True)
     assert not (out / "mine").exists() and (out / SETTINGS).exists()
 
 

@@ -439,8 +439,8 @@ def test_what_was_dropped_stays_dropped(family: str, policy: str) -> None:
 def test_a_saved_model_prunes_as_before(
     policy: str, dense_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    config = PruneConfig(rank=8, context=128, levels={0.5: (0.5,) * 3}, tuned=0.5, max_rows=64)
-    folder = convert(str(dense_folder("llama")), tmp_path / "a", config)
+    settings = {"rank": 8, "context": 128, "levels": {0.5: (0.5,) * 3}, "tuned": 0.5}
+    folder = convert(str(dense_folder("llama")), tmp_path / "a", {**settings, "max_rows": 64})
     again = export(folder, tmp_path / "b")
     ids = random_ids(1, 150)
     logits = []

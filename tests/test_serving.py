@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from ctxprune.pruner.budget import cap_period
 from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.checkpoint import load, load_tokenizer
-from ctxprune.pruner.config import GenerateConfig, PruneConfig
+from ctxprune.pruner.config import GenerateConfig
 from ctxprune.pruner.convert import convert
 from ctxprune.pruner.data import read_texts, windows
 from ctxprune.pruner.engine import Handle
@@ -191,8 +191,7 @@ def test_sampled_texts_of_a_prompt_have_their_own_rows(family: str) -> None:
 
 def test_half_a_thousand_tokens_in_a_fraction_of_the_memory(tmp_path: Path) -> None:
     """The embedded model, four prompts of 512 tokens, 512 more: bytes, and the text of one pass."""
-    config = PruneConfig(levels={0.8: (0.2,) * 4}, tuned=0.8)
-    folder = convert(None, tmp_path / "m", config)
+    folder = convert(None, tmp_path / "m", {"levels": {0.8: (0.2,) * 4}, "tuned": 0.8})
     model = load(folder, dtype="float64")
     text = windows(load_tokenizer(folder), read_texts(None, "eval"), 512)
     out = greedy(model, text[::20][:4], 512)
