@@ -108,7 +108,7 @@ class SoftAttention:
         """
         if self.config.attention_bonus == 0.0:
             return size.new_zeros(())
-        settled = self.log_kept(margins + stale[:, None]) + seen.log()
+        settled = self.log_kept(margins + stale[:, None], seen)
         weights = (product + settled[:, None, None]).softmax(dim=-1)
         total = received[:, None] + weights.mean(dim=(1, 2)).cumsum(dim=1)
         used = log_used(total, size[:, None])
@@ -118,11 +118,11 @@ class SoftAttention:
         usual = usual / counted.sum(dim=-1, keepdim=True).clamp_min(1)
         return self.config.attention_bonus * (used - usual)
 
-    def log_kept(self, scores: Tensor) -> Tensor:
-        """log I of scores of any shape."""
+    def log_kept(self, scores: Tensor, seen: Tensor) -> Tensor:
+        """log I of scores (b, q, r), -inf where `seen` (q, r) is 0."""
         if self.hard:
-            return torch.zeros_like(scores).masked_fill(scores <= 0, -torch.inf)
-        return log_survival(scores * self.sharpness, self.alpha).clamp_min(-1e4)
+            return torch.zeros_like(scores).masked_fill(scores <= 0, -torch.inf) + seen.log()
+        return log_survival(scores * self.sharpness, self.alpha).clamp_min(-1e4) + seen.log()
 
 
 def soft_attend(
@@ -195,7 +195,7 @@ class _ChunkedAttention(torch.autograd.Function):
                 )
                 bonus = soft.bonus(logits, least, seen, stale, received, size[:, :stop])
                 score = least + bonus
-                log_kept = soft.log_kept(score) + seen.log()
+                log_kept = soft.log_kept(score, seen)
                 survived = log_kept.exp()
                 kept = kept + survived.sum() - batch * (stop - start)
                 hard_kept = hard_kept + ((score > 0) * seen).sum() - batch * (stop - start)
@@ -245,7 +245,7 @@ class _ChunkedAttention(torch.autograd.Function):
             with torch.enable_grad():
                 least = soft.margins(gate, leaves[0], leaves[1], start, leaves[2])
                 bonus = soft.bonus(logits, least.detach(), seen, stale, received, size[:, :stop])
-                log_kept = soft.log_kept(least + bonus) + seen.log()
+                log_kept = soft.log_kept(least + bonus, seen)
                 survived = log_kept.exp().sum()
                 after = least[:, -1]
             weights = logits.add_(log_kept.detach()[:, None, None]).softmax(dim=-1)
