@@ -90,25 +90,29 @@ def copy(path: Path, to: Path, config: PruneConfig) -> None:
     _write(to, {**about, "config": dataclasses.asdict(config)}, tensors)
 
 
+def check_changes(settings: Mapping[str, Any]) -> None:
+    """Raise CtxpruneError for a setting that an adapter was tuned with."""
+    for name in settings:
+        if name not in DIALS:
+            raise CtxpruneError(
+                f"the adapter was tuned with a `{name}` of its own", "leave it out here"
+            )
+
+
 def apply(
     path: Path, model: PreTrainedModel, changes: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, nn.ModuleList, PruneConfig, dict[str, Any]]:
     """Merge an adapter into the weights that it was trained on.
 
     Args:
-        changes: settings to take in place of the adapter's, some of `DIALS`.
+        changes: settings to take in place of the adapter's, see `check_changes`.
 
     Returns:
         the model, its gates, their configuration, and the adapter's provenance.
 
     Raises:
-        CtxpruneError: no adapter, one of another model, or a setting that it was tuned with.
+        CtxpruneError: no adapter, or one of another model.
     """
-    for name in changes:
-        if name not in DIALS:
-            raise CtxpruneError(
-                f"the adapter was tuned with a `{name}` of its own", "leave it out here"
-            )
     about, tensors = _read(path)
     config = PruneConfig.from_mapping({**about["config"], **changes}, str(path))
     gates = new_gates(model, config)

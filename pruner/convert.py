@@ -49,6 +49,8 @@ def convert(
     """
     checkpoint.refuse_existing(out, force=force)
     config = PruneConfig.from_mapping(settings, "the settings")
+    if adapter is not None:
+        adapters.check_changes(settings)
     if source is None:
         with embedded_folder() as folder:
             model, tokenizer = _from_folder(folder)
