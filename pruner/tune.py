@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import threading
@@ -298,8 +299,11 @@ def _batch(windows: Tensor, step: int, place: int, config: TuneConfig, processes
     for number in range(first, first + config.batch_size):
         epoch, at = divmod(number, len(windows))
         generator = torch.Generator().manual_seed(config.seed * 7919 + epoch)
-        chosen.append(int(torch.randperm(len(windows), generator=generator)[at]))
-    return windows[chosen]
+        window = windows[torch.randperm(len(windows), generator=generator)[at]]
+        draw = random.Random(f"{config.seed}/recall/{number}")
+        recalls = draw.random() < config.recall_share
+        chosen.append(data.recalled(window, draw) if recalls else window)
+    return torch.stack(chosen)
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tensor, Tensor]:
