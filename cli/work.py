@@ -33,6 +33,8 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "generate": ("model", "prompt"),
     "report": ("of",),
 }
+# Options that name what an earlier step made, or something of the user's.
+BUILDS_ON = ("model", "adapter")
 # Steps that make a folder, which is kept if it was finished with the same options.
 MAKERS = ("convert", "tune", "export")
 
@@ -65,9 +67,10 @@ def check(plan: Recipe) -> None:
                 raise CtxpruneError(f"step `{step.name}` of recipe `{plan.name}` needs `{key}`")
         if config:
             config.from_mapping(_fields(step), f"step `{step.name}`")
-        model = step.options.get("model")
-        if model is not None and not Path(str(model)).is_dir():
-            choose(f"`model` of step `{step.name}`", str(model), folders)
+        for key in BUILDS_ON:
+            given = step.options.get(key)
+            if given is not None and not Path(str(given)).exists():
+                choose(f"`{key}` of step `{step.name}`", str(given), folders)
         for name in _results_used(step):
             choose(f"eval step in step `{step.name}`", name, evals)
         if step.command in MAKERS:
@@ -149,11 +152,12 @@ class Work:
             shutil.rmtree(folder)
 
     def _stamp(self, step: Step) -> str:
-        """Changes with the step's options, with the folder it builds on, and with its results."""
+        """Changes with the step's options, with the folders it builds on, and with its results."""
         parts = [json.dumps([step.command, step.options], sort_keys=True, default=str)]
-        model = self._note(str(step.options.get("model")))
-        if model.is_file():
-            parts.append(model.read_text(encoding="utf-8"))
+        for key in BUILDS_ON:
+            made = self._note(str(step.options.get(key)))
+            if made.is_file():
+                parts.append(made.read_text(encoding="utf-8"))
         for name in _results_used(step):
             parts.append(json.dumps(self.results[name]["levels"], sort_keys=True))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -163,6 +167,15 @@ class Work:
         name = str(step.options["model"])
         return self.out / name if self._note(name).is_file() else Path(name)
 
+    def _adapter(self, step: Step) -> Path | None:
+        """The adapter that an earlier step wrote, or a file of the user's."""
+        from ctxprune.pruner.adapter import FILE
+
+        if step.options.get("adapter") is None:
+            return None
+        name = str(step.options["adapter"])
+        return self.out / name / FILE if self._note(name).is_file() else Path(name)
+
     def _convert(self, step: Step) -> None:
         from ctxprune.pruner.convert import convert
 
@@ -170,7 +183,7 @@ class Work:
             step.options.get("source"),
             self.out / step.name,
             _fields(step),
-            adapter=Path(step.options["adapter"]) if step.options.get("adapter") else None,
+            adapter=self._adapter(step),
             force=True,
             trust_remote_code=bool(step.options.get("trust_remote_code", False)),
         )

@@ -22,7 +22,7 @@ from ctxprune.pruner.errors import CtxpruneError
 def expand(recipe: str, entries: list[Any]) -> Iterator[Any]:
     """The entries of a recipe with every grid written out; others come back as they are.
 
-    A step whose `model` is a grid is done for each of its models; a report takes all.
+    A step whose `model` or `adapter` is a grid is done for each of them; a report takes all.
     """
     suffixes: dict[str, list[str]] = {}
     for entry in entries:
@@ -32,14 +32,15 @@ def expand(recipe: str, entries: list[Any]) -> Iterator[Any]:
             yield entry
             continue
         name = str(entry.get("name", commands[0]))
-        of_model = suffixes.get(str(options.get("model")), [""])
+        builds_on = "adapter" if "adapter" in options else "model"
+        of_model = suffixes.get(str(options.get(builds_on)), [""])
         cells = list(_cells(recipe, name, options.get("grid", {})))
         made = []
         for of, (of_grid, values) in itertools.product(of_model, cells):
             made.append(of + of_grid)
             plain = {key: value for key, value in options.items() if key != "grid"}
-            if "model" in plain:
-                plain["model"] = str(plain["model"]) + of
+            if builds_on in plain:
+                plain[builds_on] = str(plain[builds_on]) + of
             if "results" in plain and str(plain["results"]) in suffixes:
                 plain["results"] = str(plain["results"]) + of
             if "of" in plain:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from ctxprune import recipes
 from ctxprune.cli.work import Work, check
+from ctxprune.pruner.checkpoint import GATES, read_config
 from ctxprune.pruner.errors import CtxpruneError
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
@@ -41,6 +43,7 @@ def test_the_recipes_of_the_docs_are_shipped() -> None:
         ({"steps": [], "expect": ["gate 0 perplexity <= 1"]}, "unknown eval step"),
         ({"steps": [{"convert": {}}, {"generate": {"model": "convert"}}]}, "needs `prompt`"),
         ({"steps": [{"eval": {"model": "tuned"}}]}, "unknown `model` of step `eval`"),
+        ({"steps": [{"convert": {"adapter": "tuned"}}]}, "unknown `adapter` of step `convert`"),
         ({"steps": [{"report": {"of": ["eval"]}}]}, "unknown eval step"),
         ({"steps": [{"tun": {}}]}, "did you mean `tune`"),
         ({"steps": [{"tune": {"model": "m", "stepps": 3}}]}, "did you mean `steps`"),
@@ -188,6 +191,32 @@ def test_an_interrupted_tune_goes_on(
         Work(tmp_path).do(plan.steps[0])
     assert (tmp_path / "tuned").is_dir()
     assert 1 not in steps
+
+
+def test_a_step_goes_on_from_the_adapter_of_another(
+    dense_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """One may change its bonus, and do so for each model of a grid."""
+    source = {"source": str(dense_folder("gpt2"))}
+    options = {"data": str(text_file), "steps": 1, "context": 64, "train": "lora"}
+    plan = recipes.parse(
+        "mine",
+        {
+            "steps": [
+                {"name": "m", "convert": source},
+                {"name": "t", "tune": {"model": "m", **options, "grid": {"seed": [0, 1]}}},
+                {"name": "c", "convert": {**source, "adapter": "t", "attention_bonus": 2.0}},
+            ]
+        },
+    )
+    check(plan)
+    work = Work(tmp_path / "run")
+    for step in plan.steps:
+        work.do(step)
+    for seed in ("0", "1"):
+        tuned, made = (work.out / f"{name}-seed-{seed}" for name in ("t", "c"))
+        assert read_config(made) == replace(read_config(tuned), attention_bonus=2.0)
+        assert (made / GATES).read_bytes() == (tuned / GATES).read_bytes()
 
 
 def _stop(*_: Any, **__: Any) -> None:
