@@ -78,10 +78,6 @@ def tune(
     dense_share: Annotated[
         float | None, option("Share of the text read with the gates off", TuneConfig.dense_share)
     ] = None,
-    recall_share: Annotated[
-        float | None,
-        option("Share of the windows that end by quoting themselves", TuneConfig.recall_share),
-    ] = None,
     save_every: Annotated[
         int | None, option("Steps between resumable checkpoints", TuneConfig.save_every)
     ] = None,
@@ -117,7 +113,6 @@ def tune(
             max_tokens=max_tokens,
             max_minutes=max_minutes,
             dense_share=dense_share,
-            recall_share=recall_share,
             save_every=save_every,
             bf16=bf16,
             checkpointing=checkpointing,

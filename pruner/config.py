@@ -146,8 +146,6 @@ class TuneConfig(FromMapping):
         dense_share: share of the micro-batches that are read with the gates off.
         spread: share of the others whose level is drawn from the whole range, and not `sparsity`:
             what makes one checkpoint serve all levels.
-        recall_share: share of the windows that end in passages of their own (`data.recalled`), so
-            that what is far back is asked for.
         lora_rank: rank of the LoRA matrices.
         seed: of the data order, the sampled levels and dropout.
         max_tokens: of training text; fewer steps than `steps` then make the whole schedule.
@@ -176,7 +174,6 @@ class TuneConfig(FromMapping):
     distill: float = 0.0
     dense_share: float = 0.5
     spread: float = 0.5
-    recall_share: float = 0.0
     lora_rank: int = 16
     seed: int = 0
     max_tokens: int | None = None
@@ -204,7 +201,7 @@ class TuneConfig(FromMapping):
             check_at_least(name, getattr(self, name), 1.0)
         for name in ("local_steps", "local_lr", "lr", "gate_lr", "penalty", "warmup", "ramp"):
             check_at_least(name, getattr(self, name), 0.0)
-        for name in ("distill", "dense_share", "spread", "recall_share"):
+        for name in ("distill", "dense_share", "spread"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise CtxpruneError(f"{name} is a share in [0, 1], not {getattr(self, name):g}")
 

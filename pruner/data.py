@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 from importlib.resources import files
 from pathlib import Path
 
@@ -100,19 +99,6 @@ def windows(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -
             "give more text, or a smaller `--context`",
         )
     return torch.tensor(ids[: count * length]).view(count, length)
-
-
-def recalled(window: Tensor, draw: random.Random) -> Tensor:
-    """The window (n,), its last eighth replaced by four passages of n/32 tokens from before it.
-
-    Running text seldom asks for a detail from far back, and which one cannot be known when it is
-    read: a gate that sees such windows learns to keep what could not be guessed again.
-    """
-    length = len(window)
-    piece = max(length // 32, 1)
-    end = length - 4 * piece
-    starts = [draw.randrange(end - piece) for _ in range(4)]
-    return torch.cat([window[:end], *(window[start : start + piece] for start in starts)])
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import threading
@@ -299,11 +298,8 @@ def _batch(windows: Tensor, step: int, place: int, config: TuneConfig, processes
     for number in range(first, first + config.batch_size):
         epoch, at = divmod(number, len(windows))
         generator = torch.Generator().manual_seed(config.seed * 7919 + epoch)
-        window = windows[torch.randperm(len(windows), generator=generator)[at]]
-        draw = random.Random(f"{config.seed}/recall/{number}")
-        recalls = draw.random() < config.recall_share
-        chosen.append(data.recalled(window, draw) if recalls else window)
-    return torch.stack(chosen)
+        chosen.append(int(torch.randperm(len(windows), generator=generator)[at]))
+    return windows[chosen]
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tensor, Tensor]:

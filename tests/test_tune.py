@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -112,7 +111,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     tiny_folder: Make, text_file: Path, tmp_path: Path, train: str
 ) -> None:
     folder = tiny_folder("gpt2")
-    config = run_config(text_file, train=train, accumulate=2, recall_share=0.5)
+    config = run_config(text_file, train=train, accumulate=2)
     whole = tune(folder, tmp_path / "whole", config)
 
     def stop_at_three(figures: dict[str, float]) -> None:
@@ -265,38 +264,6 @@ def test_schedules() -> None:
     assert all(sample_level(step, 0, gates) > 0 for step in range(400))
 
 
-@pytest.mark.parametrize("length", [16, 100, 1024])
-def test_a_window_that_recalls_ends_in_four_passages_of_its_own(length: int) -> None:
-    window = torch.arange(length)
-    seen = set()
-    for seed in range(50):
-        recalled = data.recalled(window, random.Random(seed))
-        assert recalled.equal(data.recalled(window, random.Random(seed)))
-        piece = max(length // 32, 1)
-        told = length - 4 * piece
-        assert len(recalled) == length and recalled[:told].equal(window[:told])
-        for passage in recalled[told:].split(piece):
-            start = int(passage[0])
-            assert passage.equal(window[start : start + piece]) and start + piece <= told
-            seen.add(start)
-    assert min(seen) < told / 4 and max(seen) > told / 2
-
-
-def test_the_asked_share_of_the_windows_recalls(
-    tiny_folder: Make, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recalls: list[int] = []
-
-    def noted(window: torch.Tensor, draw: random.Random) -> torch.Tensor:
-        recalls.append(int(window[0]))
-        return window
-
-    monkeypatch.setattr(data, "recalled", noted)
-    config = run_config(text_file, train="gates", steps=25, recall_share=0.3)
-    tune(tiny_folder("gpt2"), tmp_path / "out", config)
-    assert 6 <= len(recalls) <= 26
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -307,7 +274,6 @@ def test_the_asked_share_of_the_windows_recalls(
         ({"steps": 0}, "at least 1"),
         ({"steps": 0, "local_steps": 5, "sparsity": 0.0}, "at least 1"),
         ({"distill": 2.0}, "share in"),
-        ({"recall_share": -0.1}, "share in"),
         ({"sparsty": 0.8}, "did you mean `sparsity`"),
     ],
 )
