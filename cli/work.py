@@ -33,8 +33,8 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "generate": ("model", "prompt"),
     "report": ("of",),
 }
-# Options that name what an earlier step made, or something of the user's.
-BUILDS_ON = ("model", "adapter")
+# Options that name what an earlier step made, or something of the user's: what that has to be.
+BUILDS_ON = {"model": Path.is_dir, "adapter": Path.is_file}
 # Steps that make a folder, which is kept if it was finished with the same options.
 MAKERS = ("convert", "tune", "export")
 
@@ -67,9 +67,9 @@ def check(plan: Recipe) -> None:
                 raise CtxpruneError(f"step `{step.name}` of recipe `{plan.name}` needs `{key}`")
         if config:
             config.from_mapping(_fields(step), f"step `{step.name}`")
-        for key in BUILDS_ON:
+        for key, is_there in BUILDS_ON.items():
             given = step.options.get(key)
-            if given is not None and not Path(str(given)).exists():
+            if given is not None and not is_there(Path(str(given))):
                 choose(f"`{key}` of step `{step.name}`", str(given), folders)
         for name in _results_used(step):
             choose(f"eval step in step `{step.name}`", name, evals)
@@ -162,10 +162,14 @@ class Work:
             parts.append(json.dumps(self.results[name]["levels"], sort_keys=True))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    def _made(self, name: str) -> Path | None:
+        """The folder that an earlier step of this name made, if one did."""
+        return self.out / name if self._note(name).is_file() else None
+
     def _model(self, step: Step) -> Path:
         """The output of an earlier step, or a folder of the user's."""
         name = str(step.options["model"])
-        return self.out / name if self._note(name).is_file() else Path(name)
+        return self._made(name) or Path(name)
 
     def _adapter(self, step: Step) -> Path | None:
         """The adapter that an earlier step wrote, or a file of the user's."""
@@ -174,7 +178,8 @@ class Work:
         if step.options.get("adapter") is None:
             return None
         name = str(step.options["adapter"])
-        return self.out / name / FILE if self._note(name).is_file() else Path(name)
+        made = self._made(name)
+        return made / FILE if made else Path(name)
 
     def _convert(self, step: Step) -> None:
         from ctxprune.pruner.convert import convert

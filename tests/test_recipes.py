@@ -44,6 +44,7 @@ def test_the_recipes_of_the_docs_are_shipped() -> None:
         ({"steps": [{"convert": {}}, {"generate": {"model": "convert"}}]}, "needs `prompt`"),
         ({"steps": [{"eval": {"model": "tuned"}}]}, "unknown `model` of step `eval`"),
         ({"steps": [{"convert": {"adapter": "tuned"}}]}, "unknown `adapter` of step `convert`"),
+        ({"steps": [{"eval": {"model": __file__}}]}, "unknown `model` of step `eval`"),
         ({"steps": [{"report": {"of": ["eval"]}}]}, "unknown eval step"),
         ({"steps": [{"tun": {}}]}, "did you mean `tune`"),
         ({"steps": [{"tune": {"model": "m", "stepps": 3}}]}, "did you mean `steps`"),
