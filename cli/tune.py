@@ -60,7 +60,11 @@ def tune(
     ] = None,
     distill: Annotated[
         float | None,
-        option("Weight in [0, 1] of distillation from the model itself, dense", TuneConfig.distill),
+        option("Weight in [0, 1] of distillation from a dense teacher", TuneConfig.distill),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        option("itself, dense, or start: as it was before this run", TuneConfig.teacher),
     ] = None,
     ramp: Annotated[
         float | None, option("Share of the steps over which sparsity rises", TuneConfig.ramp)
@@ -107,6 +111,7 @@ def tune(
             lr=lr,
             gate_lr=gate_lr,
             distill=distill,
+            teacher=teacher,
             ramp=ramp,
             lora_rank=lora_rank,
             alpha=alpha,

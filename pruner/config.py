@@ -14,6 +14,7 @@ from ctxprune.pruner.errors import CtxpruneError, choose
 # to read, since they make a block of queries; fewer leave less room unused.
 PERIOD = 16
 TRAINABLE = ("gates", "lora", "full")
+TEACHERS = ("itself", "start")
 
 
 def check_sparsity(value: float) -> float:
@@ -141,8 +142,9 @@ class TuneConfig(FromMapping):
         penalty: weight of the squared log-ratio of soft kept share to its target.
         sharpness: factor on the scores at the end, rising from 1, so soft decisions become hard.
         alpha: alpha of alpha_sigmoid at the end, rising by a cosine from 1 (the paper's schedule).
-        distill: weight in [0, 1] of the divergence from the same model with its gates off,
+        distill: weight in [0, 1] of the divergence from the teacher, which has its gates off,
             against the LM loss.
+        teacher: `itself`, which learns along, or `start`: the model as it was before this run.
         dense_share: share of the micro-batches that are read with the gates off.
         spread: share of the others whose level is drawn from the whole range, and not `sparsity`:
             what makes one checkpoint serve all levels.
@@ -172,6 +174,7 @@ class TuneConfig(FromMapping):
     sharpness: float = 4.0
     alpha: float = 1.0
     distill: float = 0.0
+    teacher: str = "itself"
     dense_share: float = 0.5
     spread: float = 0.5
     lora_rank: int = 16
@@ -190,6 +193,12 @@ class TuneConfig(FromMapping):
                 "give a level such as `--sparsity 0.8`, or `--train full` for a dense control",
             )
         choose("value of train", self.train, TRAINABLE)
+        choose("teacher", self.teacher, TEACHERS)
+        if self.teacher == "start" and self.train == "full":
+            raise CtxpruneError(
+                "where all weights are trained there is no copy of what they were at the start",
+                "use `--train lora` with `--teacher start`",
+            )
         check_at_least("steps", self.steps, 0 if self.ahead else 1)
         for name in ("batch_size", "accumulate", "lora_rank", "save_every"):
             check_at_least(name, getattr(self, name), 1)

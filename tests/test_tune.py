@@ -28,7 +28,7 @@ from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.gate import sparsity_of
 from ctxprune.pruner.metrics import BOARD, METRICS
 from ctxprune.pruner.objective import hardening, learning_rate_factor, sample_level
-from ctxprune.pruner.tune import STATE, tune
+from ctxprune.pruner.tune import STATE, Trainee, trainable, tune
 
 Make = Callable[[str], Path]
 
@@ -55,7 +55,8 @@ def test_what_is_trained_changes_and_nothing_else(
 ) -> None:
     folder = tiny_folder(family)
     before = weights_of(folder)
-    config = run_config(text_file, train=train, sparsity=sparsity, distill=0.5)
+    teacher = "start" if train == "lora" else "itself"
+    config = run_config(text_file, train=train, sparsity=sparsity, distill=0.5, teacher=teacher)
     out = tune(folder, tmp_path / "out", config)
     after = weights_of(out)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -86,6 +87,34 @@ def test_the_first_step_starts_from_the_dense_loss(
     with torch.no_grad():
         losses = [float(model(w[None], labels=w[None]).loss) for w in windows]
     assert min(losses) - 0.2 < figures[0]["lm_loss"] < max(losses) + 0.2
+
+
+@pytest.mark.parametrize("train", ["gates", "lora"])
+def test_a_teacher_that_stays_is_the_model_at_the_start(
+    tiny_folder: Make, text_file: Path, train: str
+) -> None:
+    config = run_config(text_file, train=train, distill=0.5, teacher="start", lora_rank=2)
+    model = load(tiny_folder("llama"), sparsity=0.0)
+    handle = handle_of(model)
+    ids = torch.arange(1, 65)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+    model, parameters = trainable(model, handle, config)
+    with torch.no_grad():
+        for parameter in parameters[-1]["params"]:
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    stays = Trainee(model, handle, config)
+    moves = Trainee(model, handle, dataclasses.replace(config, teacher="itself"))
+    for level in (0.0, 0.7):
+        taught = stays._teach(ids, level)
+        assert taught is not None
+        torch.testing.assert_close(taught, before)
+    along = moves._teach(ids, 0.7)
+    assert along is not None and moves._teach(ids, 0.0) is None
+    assert torch.allclose(along, before) == (train == "gates")
+    loss, figures = stays(ids, 0.0, 1.0, 1.0)
+    mean = (figures["lm_loss"] + figures["divergence"]) / 2
+    torch.testing.assert_close(loss.detach(), mean)
 
 
 def test_calibration_realises_its_levels(
@@ -274,6 +303,8 @@ def test_schedules() -> None:
         ({"steps": 0}, "at least 1"),
         ({"steps": 0, "local_steps": 5, "sparsity": 0.0}, "at least 1"),
         ({"distill": 2.0}, "share in"),
+        ({"teacher": "stat"}, "did you mean `start`"),
+        ({"teacher": "start"}, "no copy of what they were"),
         ({"sparsty": 0.8}, "did you mean `sparsity`"),
     ],
 )
