@@ -40,6 +40,9 @@ def tune(
     valid: Annotated[
         str | None, typer.Option(help="Held-out text for calibration, like --data.")
     ] = None,
+    gates: Annotated[
+        str | None, typer.Option(help="Converted folder whose gates to start from.")
+    ] = None,
     steps: Annotated[int | None, option("Optimizer steps", TuneConfig.steps)] = None,
     local_steps: Annotated[
         int | None,
@@ -101,6 +104,7 @@ def tune(
             sparsity=sparsity,
             data=data,
             valid=valid,
+            gates=gates,
             steps=steps,
             local_steps=local_steps,
             local_lr=local_lr,

@@ -130,6 +130,7 @@ class TuneConfig(FromMapping):
         data: training text: .txt/.jsonl(.gz) file, folder, `datasets` name; None: embedded sample.
         valid: held-out text for calibration; None: embedded sample if `data` is, else the last
             twentieth of the training windows, which training then leaves out.
+        gates: converted folder whose gates the run starts from; None: those of the model.
         steps: optimizer steps of the model and its gates; 0 where the local phase is all.
         local_steps: steps before these, in which each gate learns alone, against the dense output
             of its own layer. local_lr: peak learning rate of the gates in them.
@@ -159,6 +160,7 @@ class TuneConfig(FromMapping):
     sparsity: float = 0.8
     data: str | None = None
     valid: str | None = None
+    gates: str | None = None
     steps: int = 300
     local_steps: int = 0
     local_lr: float = 1e-2

@@ -185,6 +185,10 @@ def tune(
     on_phase("loading the model")
     model = checkpoint.load(folder, sparsity=0.0, max_rows=0)
     handle = handle_of(model)
+    if config.gates is not None:
+        checkpoint.check_folder(config.gates)
+        start = checkpoint.load_gates(Path(config.gates), model, handle.config)
+        handle.gates.load_state_dict(start.state_dict())
     tokenizer = checkpoint.load_tokenizer(folder)
     _check_context(model, handle, config)
     on_phase("reading the text")
@@ -413,7 +417,7 @@ def _finish(
 def _told(config: TuneConfig) -> dict[str, Any]:
     """The run as it is told to others: of its files, the names alone."""
     told = dataclasses.asdict(config)
-    for name in ("data", "valid"):
+    for name in ("data", "valid", "gates"):
         if told[name] is not None and Path(told[name]).exists():
             told[name] = Path(told[name]).name
     return told

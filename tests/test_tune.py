@@ -23,6 +23,7 @@ from ctxprune.pruner import data
 from ctxprune.pruner.calibrate import TOLERANCE
 from ctxprune.pruner.checkpoint import GATES, load, load_tokenizer, read_config
 from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.convert import convert
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.gate import sparsity_of
@@ -117,6 +118,18 @@ def test_a_teacher_that_stays_is_the_model_at_the_start(
     torch.testing.assert_close(loss.detach(), mean)
 
 
+def test_gates_of_another_shape_are_refused(
+    dense_folder: Make, tiny_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    folder = tiny_folder("llama")
+    other = convert(str(dense_folder("llama")), tmp_path / "other", {"rank": 4})
+    with pytest.raises(CtxpruneError, match=f"`{other}` do not fit the model"):
+        tune(folder, tmp_path / "out", run_config(text_file, gates=str(other)))
+    with pytest.raises(CtxpruneError, match="no folder `nowhere`"):
+        tune(folder, tmp_path / "out", run_config(text_file, gates="nowhere"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_calibration_realises_its_levels(
     tiny_folder: Make, text_file: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +174,7 @@ SCRIPT = """
 import sys, torch
 from pathlib import Path
 from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.convert import convert
 from ctxprune.pruner.tune import tune
 torch.set_num_threads(1)
 folder, out, text, resume = sys.argv[1:]
@@ -195,6 +209,7 @@ PROCESSES = """
 import sys, torch
 from pathlib import Path
 from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.convert import convert
 from ctxprune.pruner.tune import tune
 torch.set_num_threads(1)
 folder, out, text, accumulate, train = sys.argv[1:]
