@@ -40,6 +40,10 @@ def tune(
     valid: Annotated[
         str | None, typer.Option(help="Held-out text for calibration, like --data.")
     ] = None,
+    rename: Annotated[
+        float | None,
+        option("Share of the text whose names and numbers are exchanged", TuneConfig.rename),
+    ] = None,
     gates: Annotated[
         str | None, typer.Option(help="Converted folder whose gates to start from.")
     ] = None,
@@ -104,6 +108,7 @@ def tune(
             sparsity=sparsity,
             data=data,
             valid=valid,
+            rename=rename,
             gates=gates,
             steps=steps,
             local_steps=local_steps,

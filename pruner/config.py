@@ -130,6 +130,7 @@ class TuneConfig(FromMapping):
         data: training text: .txt/.jsonl(.gz) file, folder, `datasets` name; None: embedded sample.
         valid: held-out text for calibration; None: embedded sample if `data` is, else the last
             twentieth of the training windows, which training then leaves out.
+        rename: share of the training text whose names and numbers are exchanged for others.
         gates: converted folder whose gates the run starts from; None: those of the model.
         steps: optimizer steps of the model and its gates; 0 where the local phase is all.
         local_steps: steps before these, in which each gate learns alone, against the dense output
@@ -160,6 +161,7 @@ class TuneConfig(FromMapping):
     sparsity: float = 0.8
     data: str | None = None
     valid: str | None = None
+    rename: float = 0.0
     gates: str | None = None
     steps: int = 300
     local_steps: int = 0
@@ -212,7 +214,7 @@ class TuneConfig(FromMapping):
             check_at_least(name, getattr(self, name), 1.0)
         for name in ("local_steps", "local_lr", "lr", "gate_lr", "penalty", "warmup", "ramp"):
             check_at_least(name, getattr(self, name), 0.0)
-        for name in ("distill", "dense_share", "spread"):
+        for name in ("distill", "dense_share", "spread", "rename"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise CtxpruneError(f"{name} is a share in [0, 1], not {getattr(self, name):g}")
 

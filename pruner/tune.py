@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxprune.pruner import adapter, checkpoint, data
+from ctxprune.pruner import adapter, checkpoint, data, names
 from ctxprune.pruner import levels as levels_module
 from ctxprune.pruner.calibrate import calibrate
 from ctxprune.pruner.config import TuneConfig
@@ -318,7 +318,10 @@ def _batch(windows: Tensor, step: int, place: int, config: TuneConfig, processes
 
 def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tensor, Tensor]:
     """Training windows and held-out windows for calibration."""
-    train = data.windows(tokenizer, data.read_texts(config.data, "tune"), config.context)
+    texts = data.read_texts(config.data, "tune")
+    if config.rename > 0.0:
+        texts = names.mixed(texts, config.rename, config.seed)
+    train = data.windows(tokenizer, texts, config.context)
     count = max(4, CALIBRATION_TOKENS // config.context)
     if config.valid is not None or config.data is None:
         texts = data.read_texts(config.valid, "calibrate")
