@@ -49,10 +49,6 @@ def convert(
     adapter: Annotated[
         Path | None, typer.Option(help="What `tune --train lora` added to this very model.")
     ] = None,
-    sparsity: Annotated[
-        float | None,
-        typer.Option(help="Level that it prunes to by default; default: the adapter's."),
-    ] = None,
     force: Force = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
@@ -60,7 +56,7 @@ def convert(
 ) -> None:
     """Add gates to a pretrained checkpoint; it prunes nothing until it is tuned.
 
-    With an adapter it is tuned already; its bonus, cap and level can still be changed.
+    With an adapter it is tuned already; the bonus and the cap can still be changed.
     """
     from ctxprune.pruner import convert as conversion
 
@@ -70,7 +66,6 @@ def convert(
         protect_recent=protect_recent,
         attention_bonus=attention_bonus,
         max_rows=max_rows,
-        tuned=sparsity,
     )
     folder: Path = conversion.convert(
         model, out, settings, adapter=adapter, force=force, trust_remote_code=trust_remote_code

@@ -40,13 +40,6 @@ def tune(
     valid: Annotated[
         str | None, typer.Option(help="Held-out text for calibration, like --data.")
     ] = None,
-    rename: Annotated[
-        float | None,
-        option("Share of the text whose names and numbers are exchanged", TuneConfig.rename),
-    ] = None,
-    gates: Annotated[
-        str | None, typer.Option(help="Converted folder whose gates to start from.")
-    ] = None,
     steps: Annotated[int | None, option("Optimizer steps", TuneConfig.steps)] = None,
     local_steps: Annotated[
         int | None,
@@ -67,11 +60,7 @@ def tune(
     ] = None,
     distill: Annotated[
         float | None,
-        option("Weight in [0, 1] of distillation from a dense teacher", TuneConfig.distill),
-    ] = None,
-    teacher: Annotated[
-        str | None,
-        option("itself, dense, or start: as it was before this run", TuneConfig.teacher),
+        option("Weight in [0, 1] of distillation from the model itself, dense", TuneConfig.distill),
     ] = None,
     ramp: Annotated[
         float | None, option("Share of the steps over which sparsity rises", TuneConfig.ramp)
@@ -108,8 +97,6 @@ def tune(
             sparsity=sparsity,
             data=data,
             valid=valid,
-            rename=rename,
-            gates=gates,
             steps=steps,
             local_steps=local_steps,
             local_lr=local_lr,
@@ -120,7 +107,6 @@ def tune(
             lr=lr,
             gate_lr=gate_lr,
             distill=distill,
-            teacher=teacher,
             ramp=ramp,
             lora_rank=lora_rank,
             alpha=alpha,

@@ -34,7 +34,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "report": ("of",),
 }
 # Options that name what an earlier step made, or something of the user's: what that has to be.
-BUILDS_ON = {"model": Path.is_dir, "gates": Path.is_dir, "adapter": Path.is_file}
+BUILDS_ON = {"model": Path.is_dir, "adapter": Path.is_file}
 # Steps that make a folder, which is kept if it was finished with the same options.
 MAKERS = ("convert", "tune", "export")
 
@@ -167,10 +167,8 @@ class Work:
         return self.out / name if self._note(name).is_file() else None
 
     def _model(self, step: Step) -> Path:
-        return self._folder(str(step.options["model"]))
-
-    def _folder(self, name: str) -> Path:
         """The output of an earlier step, or a folder of the user's."""
+        name = str(step.options["model"])
         return self._made(name) or Path(name)
 
     def _adapter(self, step: Step) -> Path | None:
@@ -199,14 +197,11 @@ class Work:
         from ctxprune.pruner.config import TuneConfig
         from ctxprune.pruner.tune import STATE, tune
 
-        options = _fields(step)
-        if options.get("gates") is not None:
-            options["gates"] = str(self._folder(str(options["gates"])))
         with tuning_progress() as (on_step, on_phase):
             tune(
                 self._model(step),
                 self.out / step.name,
-                TuneConfig.from_mapping(options, f"step `{step.name}`"),
+                TuneConfig.from_mapping(_fields(step), f"step `{step.name}`"),
                 resume=(self._state(step.name) / STATE).is_file(),
                 force=True,
                 on_step=on_step,

@@ -32,7 +32,7 @@ from ctxprune.pruner.families import family_of
 FILE = "adapter.ctxprune"
 LORA, GATES = "lora/", "gates/"
 # Settings that can change without tuning again.
-DIALS = ("attention_bonus", "max_rows", "tuned")
+DIALS = ("attention_bonus", "max_rows")
 
 
 def wrap(model: PreTrainedModel, rank: int) -> PreTrainedModel:

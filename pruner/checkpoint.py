@@ -189,7 +189,7 @@ def load(
     torch_dtype = DTYPES[choose("dtype", dtype, DTYPES)]
     model = load_dense(Path(folder), torch_dtype)
     model.to(torch.device(device))  # type: ignore[arg-type]
-    gates = load_gates(Path(folder), model, config)
+    gates = _load_gates(Path(folder), model, config)
     gates.to(device=device, dtype=gate_dtype(torch_dtype))
     handle = attach(model, gates, config)
     handle.use(policy, config.tuned if sparsity is None else sparsity, max_rows=max_rows)
@@ -277,13 +277,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn.ModuleList:
-    """The gates of a converted folder, for a model of the same shape.
-
-    Raises:
-        CtxpruneError: missing, damaged, or of another number, width or rank than `config` and the
-            model have.
-    """
+def _load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn.ModuleList:
     try:
         tensors = load_file(folder / GATES)
     except (SafetensorError, OSError) as error:
@@ -295,7 +289,7 @@ def load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn.
     expected = {name: tensor.shape for name, tensor in gates.state_dict().items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != expected:
         raise CtxpruneError(
-            f"the gates in `{folder}` do not fit the model: {layers} layers of width {width} and "
+            f"the gates in `{folder}` do not fit its model: {layers} layers of width {width} and "
             f"rank {config.rank} are needed",
             "convert the model again",
         )

@@ -14,7 +14,6 @@ from ctxprune.pruner.errors import CtxpruneError, choose
 # to read, since they make a block of queries; fewer leave less room unused.
 PERIOD = 16
 TRAINABLE = ("gates", "lora", "full")
-TEACHERS = ("itself", "start")
 
 
 def check_sparsity(value: float) -> float:
@@ -130,8 +129,6 @@ class TuneConfig(FromMapping):
         data: training text: .txt/.jsonl(.gz) file, folder, `datasets` name; None: embedded sample.
         valid: held-out text for calibration; None: embedded sample if `data` is, else the last
             twentieth of the training windows, which training then leaves out.
-        rename: share of the training text whose names and numbers are exchanged for others.
-        gates: converted folder whose gates the run starts from; None: those of the model.
         steps: optimizer steps of the model and its gates; 0 where the local phase is all.
         local_steps: steps before these, in which each gate learns alone, against the dense output
             of its own layer. local_lr: peak learning rate of the gates in them.
@@ -144,9 +141,8 @@ class TuneConfig(FromMapping):
         penalty: weight of the squared log-ratio of soft kept share to its target.
         sharpness: factor on the scores at the end, rising from 1, so soft decisions become hard.
         alpha: alpha of alpha_sigmoid at the end, rising by a cosine from 1 (the paper's schedule).
-        distill: weight in [0, 1] of the divergence from the teacher, which has its gates off,
+        distill: weight in [0, 1] of the divergence from the same model with its gates off,
             against the LM loss.
-        teacher: `itself`, which learns along, or `start`: the model as it was before this run.
         dense_share: share of the micro-batches that are read with the gates off.
         spread: share of the others whose level is drawn from the whole range, and not `sparsity`:
             what makes one checkpoint serve all levels.
@@ -161,8 +157,6 @@ class TuneConfig(FromMapping):
     sparsity: float = 0.8
     data: str | None = None
     valid: str | None = None
-    rename: float = 0.0
-    gates: str | None = None
     steps: int = 300
     local_steps: int = 0
     local_lr: float = 1e-2
@@ -178,7 +172,6 @@ class TuneConfig(FromMapping):
     sharpness: float = 4.0
     alpha: float = 1.0
     distill: float = 0.0
-    teacher: str = "itself"
     dense_share: float = 0.5
     spread: float = 0.5
     lora_rank: int = 16
@@ -197,12 +190,6 @@ class TuneConfig(FromMapping):
                 "give a level such as `--sparsity 0.8`, or `--train full` for a dense control",
             )
         choose("value of train", self.train, TRAINABLE)
-        choose("teacher", self.teacher, TEACHERS)
-        if self.teacher == "start" and self.train == "full":
-            raise CtxpruneError(
-                "where all weights are trained there is no copy of what they were at the start",
-                "use `--train lora` with `--teacher start`",
-            )
         check_at_least("steps", self.steps, 0 if self.ahead else 1)
         for name in ("batch_size", "accumulate", "lora_rank", "save_every"):
             check_at_least(name, getattr(self, name), 1)
@@ -214,7 +201,7 @@ class TuneConfig(FromMapping):
             check_at_least(name, getattr(self, name), 1.0)
         for name in ("local_steps", "local_lr", "lr", "gate_lr", "penalty", "warmup", "ramp"):
             check_at_least(name, getattr(self, name), 0.0)
-        for name in ("distill", "dense_share", "spread", "rename"):
+        for name in ("distill", "dense_share", "spread"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise CtxpruneError(f"{name} is a share in [0, 1], not {getattr(self, name):g}")
 

@@ -51,11 +51,6 @@ def convert(
     config = PruneConfig.from_mapping(settings, "the settings")
     if adapter is not None:
         adapters.check_changes(settings)
-    elif config.tuned > 0.0 and not config.levels:
-        raise CtxpruneError(
-            "a model that was not tuned prunes nothing, whatever its sparsity",
-            "give the `--adapter` that tunes it, or run `ctxprune tune --sparsity` afterwards",
-        )
     if source is None:
         with embedded_folder() as folder:
             model, tokenizer = _from_folder(folder)

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxprune.pruner import adapter, checkpoint, data, names
+from ctxprune.pruner import adapter, checkpoint, data
 from ctxprune.pruner import levels as levels_module
 from ctxprune.pruner.calibrate import calibrate
 from ctxprune.pruner.config import TuneConfig
@@ -73,32 +73,31 @@ class Trainee(nn.Module):
         self, ids: Tensor, level: float, sharpness: float, alpha: float, local: bool = False
     ) -> tuple[Tensor, dict[str, Any]]:
         """Loss and figures of ids (b, n) at a level, 0 being dense; local: of the gates alone."""
-        soft = self._soft(level, ids.shape[1], sharpness, alpha, local) if level > 0.0 else None
-        if isinstance(soft, LocalAttention):
-            return self._local(ids, level, soft)
-        teacher = self._teach(ids, level)
-        with self.handle.training(soft):
-            logits = self.model(ids, use_cache=False).logits
-        loss = task = lm_loss(logits, ids)
-        seen: dict[str, Any] = {"lm_loss": task.detach()}
-        if teacher is not None:
-            divergence = distillation_loss(logits, teacher)
-            loss = task * (1.0 - self.config.distill) + self.config.distill * divergence
-            seen["divergence"] = divergence.detach()
-        if soft is None:
-            return loss, seen
-        loss = loss + self.config.penalty * sparsity_penalty(_mean(soft.kept), level)
-        return loss, {**seen, **_realised(soft, level)}
-
-    def _soft(
-        self, level: float, length: int, sharpness: float, alpha: float, local: bool
-    ) -> SoftAttention:
-        return (LocalAttention if local else SoftAttention)(
-            levels_module.Level(levels_module.prior(level, length), 0.0),
+        if level == 0.0:
+            with self.handle.training(None):
+                loss = lm_loss(self.model(ids, use_cache=False).logits, ids)
+            return loss, {"lm_loss": loss.detach()}
+        soft = (LocalAttention if local else SoftAttention)(
+            levels_module.Level(levels_module.prior(level, ids.shape[1]), 0.0),
             self.handle.config,
             sharpness=sharpness,
             alpha=alpha,
         )
+        if isinstance(soft, LocalAttention):
+            return self._local(ids, level, soft)
+        teacher = self._teach(ids) if self.config.distill > 0.0 else None
+        with self.handle.training(soft):
+            logits = self.model(ids, use_cache=False).logits
+        task = lm_loss(logits, ids)
+        kept = _mean(soft.kept)
+        loss = task * (1.0 - self.config.distill)
+        seen: dict[str, Any] = {}
+        if teacher is not None:
+            divergence = distillation_loss(logits, teacher)
+            loss = loss + self.config.distill * divergence
+            seen["divergence"] = divergence.detach()
+        loss = loss + self.config.penalty * sparsity_penalty(kept, level)
+        return loss, {**seen, "lm_loss": task.detach(), **_realised(soft, level)}
 
     def _local(
         self, ids: Tensor, level: float, soft: LocalAttention
@@ -112,19 +111,10 @@ class Trainee(nn.Module):
         return loss, {"local_error": errors.detach().mean(), **_realised(soft, level)}
 
     @torch.no_grad()
-    def _teach(self, ids: Tensor, level: float) -> Tensor | None:
-        """Logits with the gates off: no second copy of the weights.
-
-        Of this very model, which learns along, or of what it was before this run, with its LoRA
-        left out. None where nothing is distilled; a dense model has nothing to learn from itself.
-        """
-        stays = self.config.teacher == "start"
-        if self.config.distill == 0.0 or (level == 0.0 and not stays):
-            return None
-        model: Any = self.model
-        without = stays and self.config.train == "lora"
-        with self.handle.training(None), model.disable_adapter() if without else nullcontext():
-            return model(ids, use_cache=False).logits  # type: ignore[no-any-return]
+    def _teach(self, ids: Tensor) -> Tensor:
+        """Logits of this very model with its gates off: no second copy, and it learns along."""
+        with self.handle.training(None):
+            return self.model(ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 def _mean(shares: dict[int, Tensor]) -> Tensor:
@@ -185,10 +175,6 @@ def tune(
     on_phase("loading the model")
     model = checkpoint.load(folder, sparsity=0.0, max_rows=0)
     handle = handle_of(model)
-    if config.gates is not None:
-        checkpoint.check_folder(config.gates)
-        start = checkpoint.load_gates(Path(config.gates), model, handle.config)
-        handle.gates.load_state_dict(start.state_dict())
     tokenizer = checkpoint.load_tokenizer(folder)
     _check_context(model, handle, config)
     on_phase("reading the text")
@@ -318,10 +304,7 @@ def _batch(windows: Tensor, step: int, place: int, config: TuneConfig, processes
 
 def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tensor, Tensor]:
     """Training windows and held-out windows for calibration."""
-    texts = data.read_texts(config.data, "tune")
-    if config.rename > 0.0:
-        texts = names.mixed(texts, config.rename, config.seed)
-    train = data.windows(tokenizer, texts, config.context)
+    train = data.windows(tokenizer, data.read_texts(config.data, "tune"), config.context)
     count = max(4, CALIBRATION_TOKENS // config.context)
     if config.valid is not None or config.data is None:
         texts = data.read_texts(config.valid, "calibrate")
@@ -420,7 +403,7 @@ def _finish(
 def _told(config: TuneConfig) -> dict[str, Any]:
     """The run as it is told to others: of its files, the names alone."""
     told = dataclasses.asdict(config)
-    for name in ("data", "valid", "gates"):
+    for name in ("data", "valid"):
         if told[name] is not None and Path(told[name]).exists():
             told[name] = Path(told[name]).name
     return told

@@ -94,7 +94,7 @@ def test_what_needs_no_tuning_can_be_changed(
 ) -> None:
     tuned = tune(tiny_folder("gpt2"), tmp_path / "tuned", run_config(text_file, train="gates"))
     source, file = str(dense_folder("gpt2")), tuned / adapter.FILE
-    dials = {"attention_bonus": 2.0, "max_rows": 64, "tuned": 0.5}
+    dials = {"attention_bonus": 2.0, "max_rows": 64}
     made = convert(source, tmp_path / "made", dials, adapter=file)
     assert read_config(made) == replace(read_config(tuned), **dials)
     # The adapter in the new folder says so too.
@@ -102,8 +102,6 @@ def test_what_needs_no_tuning_can_be_changed(
     assert read_config(again) == read_config(made)
     with pytest.raises(CtxpruneError, match="`rank`"):
         convert(source, tmp_path / "other", {"rank": 8}, adapter=file)
-    with pytest.raises(CtxpruneError, match="prunes nothing, whatever its sparsity"):
-        convert(source, tmp_path / "other", {"tuned": 0.5})
 
 
 def test_an_adapter_of_another_model_is_refused(

@@ -220,27 +220,5 @@ def test_a_step_goes_on_from_the_adapter_of_another(
         assert (made / GATES).read_bytes() == (tuned / GATES).read_bytes()
 
 
-def test_a_step_starts_from_the_gates_of_another(
-    dense_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
-) -> None:
-    options = {"data": str(text_file), "steps": 1, "context": 64, "train": "gates"}
-    plan = recipes.parse(
-        "mine",
-        {
-            "steps": [
-                {"name": "m", "convert": {"source": str(dense_folder("gpt2"))}},
-                {"name": "t", "tune": {"model": "m", **options}},
-                {"name": "u", "tune": {"model": "m", "gates": "t", "gate_lr": 0.0, **options}},
-            ]
-        },
-    )
-    check(plan)
-    work = Work(tmp_path / "run")
-    for step in plan.steps:
-        work.do(step)
-    gates = [(work.out / name / GATES).read_bytes() for name in "mtu"]
-    assert gates[0] != gates[1] == gates[2]
-
-
 def _stop(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt

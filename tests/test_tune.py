@@ -23,13 +23,12 @@ from ctxprune.pruner import data
 from ctxprune.pruner.calibrate import TOLERANCE
 from ctxprune.pruner.checkpoint import GATES, load, load_tokenizer, read_config
 from ctxprune.pruner.config import TuneConfig
-from ctxprune.pruner.convert import convert
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.gate import sparsity_of
 from ctxprune.pruner.metrics import BOARD, METRICS
 from ctxprune.pruner.objective import hardening, learning_rate_factor, sample_level
-from ctxprune.pruner.tune import STATE, Trainee, trainable, tune
+from ctxprune.pruner.tune import STATE, tune
 
 Make = Callable[[str], Path]
 
@@ -56,8 +55,7 @@ def test_what_is_trained_changes_and_nothing_else(
 ) -> None:
     folder = tiny_folder(family)
     before = weights_of(folder)
-    teacher = "start" if train == "lora" else "itself"
-    config = run_config(text_file, train=train, sparsity=sparsity, distill=0.5, teacher=teacher)
+    config = run_config(text_file, train=train, sparsity=sparsity, distill=0.5)
     out = tune(folder, tmp_path / "out", config)
     after = weights_of(out)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -88,46 +86,6 @@ def test_the_first_step_starts_from_the_dense_loss(
     with torch.no_grad():
         losses = [float(model(w[None], labels=w[None]).loss) for w in windows]
     assert min(losses) - 0.2 < figures[0]["lm_loss"] < max(losses) + 0.2
-
-
-@pytest.mark.parametrize("train", ["gates", "lora"])
-def test_a_teacher_that_stays_is_the_model_at_the_start(
-    tiny_folder: Make, text_file: Path, train: str
-) -> None:
-    config = run_config(text_file, train=train, distill=0.5, teacher="start", lora_rank=2)
-    model = load(tiny_folder("llama"), sparsity=0.0)
-    handle = handle_of(model)
-    ids = torch.arange(1, 65)[None]
-    with torch.no_grad():
-        before = model(ids).logits
-    model, parameters = trainable(model, handle, config)
-    with torch.no_grad():
-        for parameter in parameters[-1]["params"]:
-            parameter.add_(0.5 * torch.randn_like(parameter))
-    stays = Trainee(model, handle, config)
-    moves = Trainee(model, handle, dataclasses.replace(config, teacher="itself"))
-    for level in (0.0, 0.7):
-        taught = stays._teach(ids, level)
-        assert taught is not None
-        torch.testing.assert_close(taught, before)
-    along = moves._teach(ids, 0.7)
-    assert along is not None and moves._teach(ids, 0.0) is None
-    assert torch.allclose(along, before) == (train == "gates")
-    loss, figures = stays(ids, 0.0, 1.0, 1.0)
-    mean = (figures["lm_loss"] + figures["divergence"]) / 2
-    torch.testing.assert_close(loss.detach(), mean)
-
-
-def test_gates_of_another_shape_are_refused(
-    dense_folder: Make, tiny_folder: Make, text_file: Path, tmp_path: Path
-) -> None:
-    folder = tiny_folder("llama")
-    other = convert(str(dense_folder("llama")), tmp_path / "other", {"rank": 4})
-    with pytest.raises(CtxpruneError, match=f"`{other}` do not fit the model"):
-        tune(folder, tmp_path / "out", run_config(text_file, gates=str(other)))
-    with pytest.raises(CtxpruneError, match="no folder `nowhere`"):
-        tune(folder, tmp_path / "out", run_config(text_file, gates="nowhere"))
-    assert not (tmp_path / "out").exists()
 
 
 def test_calibration_realises_its_levels(
@@ -174,7 +132,6 @@ SCRIPT = """
 import sys, torch
 from pathlib import Path
 from ctxprune.pruner.config import TuneConfig
-from ctxprune.pruner.convert import convert
 from ctxprune.pruner.tune import tune
 torch.set_num_threads(1)
 folder, out, text, resume = sys.argv[1:]
@@ -209,7 +166,6 @@ PROCESSES = """
 import sys, torch
 from pathlib import Path
 from ctxprune.pruner.config import TuneConfig
-from ctxprune.pruner.convert import convert
 from ctxprune.pruner.tune import tune
 torch.set_num_threads(1)
 folder, out, text, accumulate, train = sys.argv[1:]
@@ -318,8 +274,6 @@ def test_schedules() -> None:
         ({"steps": 0}, "at least 1"),
         ({"steps": 0, "local_steps": 5, "sparsity": 0.0}, "at least 1"),
         ({"distill": 2.0}, "share in"),
-        ({"teacher": "stat"}, "did you mean `start`"),
-        ({"teacher": "start"}, "no copy of what they were"),
         ({"sparsty": 0.8}, "did you mean `sparsity`"),
     ],
 )
