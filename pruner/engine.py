@@ -135,29 +135,34 @@ class Handle:
         self._chosen = policy
         if isinstance(policy, str):
             choose("policy", policy, policies.names())
-        self._fit(self.config.context if context is None else context)
+        self.policy = self._policy_for(self.config.context if context is None else context)
+        self._switch()
 
     @contextmanager
     def fitted(self, context: int | Sequence[int]) -> Iterator[None]:
         """Meet the chosen sparsity at another length of text, as `use` has it, inside."""
-        policy = self.policy
-        self._fit(context)
+        with self.trying(self._policy_for(context)):
+            yield
+
+    @contextmanager
+    def trying(self, policy: policies.Policy | None) -> Iterator[None]:
+        """Run another policy than the chosen one inside; None: the model's own dense attention."""
+        chosen, self.policy = self.policy, policy
+        self._switch()
         try:
             yield
         finally:
-            self.policy = policy
+            self.policy = chosen
             self._switch()
 
-    def _fit(self, context: int | Sequence[int]) -> None:
+    def _policy_for(self, context: int | Sequence[int]) -> policies.Policy | None:
         if isinstance(self._chosen, policies.Policy):
-            self.policy = self._chosen
-        elif self.sparsity == 0.0 and self.max_rows is None:
-            self.policy = None
-        else:
-            contexts = (context,) if isinstance(context, int) else tuple(context)
-            request = policies.Request(self.sparsity, contexts, self.config, self.gate_list)
-            self.policy = policies.make(self._chosen, request)
-        self._switch()
+            return self._chosen
+        if self.sparsity == 0.0 and self.max_rows is None:
+            return None
+        contexts = (context,) if isinstance(context, int) else tuple(context)
+        request = policies.Request(self.sparsity, contexts, self.config, self.gate_list)
+        return policies.make(self._chosen, request)
 
     def cap_of(self, max_rows: int | None) -> int | None:
         """The cap that a `max_rows` of `use` stands for, None where there is none.

@@ -36,6 +36,7 @@ from ctxprune.pruner import adapter, checkpoint, data
 from ctxprune.pruner import levels as levels_module
 from ctxprune.pruner.calibrate import calibrate
 from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.division import divide
 from ctxprune.pruner.engine import Handle, handle_of
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.local import LocalAttention
@@ -378,7 +379,7 @@ def _finish(
         asked = [s for s in {*levels_module.STANDARD, config.sparsity} if s < most]
         prune = dataclasses.replace(
             prune,
-            levels=calibrate(model, valid, asked, on_phase),
+            levels=divide(model, valid, calibrate(model, valid, asked, on_phase), on_phase),
             tuned=config.sparsity,
             context=config.context,
         )

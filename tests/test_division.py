@@ -1,0 +1,80 @@
+"""The division of the rows among the layers: what a power does, and that the best one is taken."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+
+from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.division import POWERS, divide, to_power
+from ctxprune.pruner.engine import Handle, attach, new_gates
+
+CONTEXT = 96
+SHARES = {0.5: (0.9, 0.4, 0.2), 0.8: (0.4, 0.15, 0.05)}
+
+
+def scattered_handle(family: str) -> Handle:
+    """The handle of a tiny model whose gates say different things of different tokens."""
+    model = tiny_model(family)
+    config = PruneConfig(rank=8)
+    gates = new_gates(model, config)
+    torch.manual_seed(1)
+    for gate in gates:
+        torch.nn.init.normal_(gate.key.weight, std=1.0)
+    return attach(model, gates, config)
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0, 4.0])
+@pytest.mark.parametrize("shares", [*SHARES.values(), (1.0, 1.0, 0.2), (0.3, 0.3, 0.3), (0.0, 0.5)])
+def test_a_power_keeps_the_sum_and_the_order(shares: tuple[float, ...], power: float) -> None:
+    raised = to_power(shares, power)
+    assert sum(raised) == pytest.approx(sum(shares), abs=1e-9)
+    assert all(0.0 <= share <= 1.0 for share in raised)
+    by_share = [raised[layer] for layer in sorted(range(len(shares)), key=shares.__getitem__)]
+    assert by_share == sorted(by_share)
+
+
+def test_a_power_is_the_ratio_of_the_shares_until_a_layer_is_full() -> None:
+    first, second, third = to_power((0.4, 0.2, 0.1), 2.0)
+    assert (first / second, second / third) == pytest.approx((4.0, 4.0))
+    assert to_power((0.4, 0.2, 0.1), 1.0) == pytest.approx((0.4, 0.2, 0.1))
+    full, *rest = to_power((0.9, 0.4, 0.2), 2.0)
+    assert full == 1.0 and rest == pytest.approx((0.4, 0.1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_power_that_diverges_least_is_taken(family: str) -> None:
+    handle = scattered_handle(family)
+    before = handle.config
+    windows = torch.randint(2, 300, (3, CONTEXT), generator=torch.Generator().manual_seed(2))
+    chosen = divide(handle.model, windows, SHARES)
+    assert handle.config is before and handle.policy is None
+    powers = set()
+    for level, shares in SHARES.items():
+        divergence = {}
+        for power in POWERS:
+            raised = to_power(shares, power)
+            handle.config = replace(before, context=CONTEXT, levels={level: raised})
+            divergence[raised] = 0.0
+            for window in windows:
+                handle.use("gate", 0.0)
+                dense = _log_probabilities(handle, window)
+                handle.use("gate", level)
+                pruned = _log_probabilities(handle, window)
+                divergence[raised] += float((dense.exp() * (dense - pruned)).sum(-1).mean())
+        handle.config = before
+        assert chosen[level] == min(divergence, key=lambda raised: divergence[raised])
+        assert max(divergence.values()) > 1.01 * min(divergence.values())
+        powers.add(list(divergence).index(chosen[level]))
+    assert powers != {0}, "where nothing is gained by a power, the test says nothing"
+
+
+def _log_probabilities(handle: Handle, window: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits = handle.model(window[None], use_cache=False).logits[0, :-1]
+    assert math.isfinite(float(logits.sum()))
+    return logits.log_softmax(-1)
