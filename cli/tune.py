@@ -40,7 +40,10 @@ def tune(
     valid: Annotated[
         str | None, typer.Option(help="Held-out text for calibration, like --data.")
     ] = None,
-    steps: Annotated[int | None, option("Optimizer steps", TuneConfig.steps)] = None,
+    steps: Annotated[
+        int | None,
+        option("Optimizer steps; 0 with --train gates: calibrate alone", TuneConfig.steps),
+    ] = None,
     local_steps: Annotated[
         int | None,
         option("Steps before, of the gates alone, layer by layer", TuneConfig.local_steps),

@@ -129,7 +129,8 @@ class TuneConfig(FromMapping):
         data: training text: .txt/.jsonl(.gz) file, folder, `datasets` name; None: embedded sample.
         valid: held-out text for calibration; None: embedded sample if `data` is, else the last
             twentieth of the training windows, which training then leaves out.
-        steps: optimizer steps of the model and its gates; 0 where the local phase is all.
+        steps: optimizer steps of the model and its gates; 0 where the local phase is all, or where
+            a tuned model is only calibrated anew (`train` is then `gates`).
         local_steps: steps before these, in which each gate learns alone, against the dense output
             of its own layer. local_lr: peak learning rate of the gates in them.
         train: `gates`, `lora` (gates and LoRA) or `full` (gates and all weights).
@@ -190,7 +191,7 @@ class TuneConfig(FromMapping):
                 "give a level such as `--sparsity 0.8`, or `--train full` for a dense control",
             )
         choose("value of train", self.train, TRAINABLE)
-        check_at_least("steps", self.steps, 0 if self.ahead else 1)
+        check_at_least("steps", self.steps, 0 if self.ahead or self.train == "gates" else 1)
         for name in ("batch_size", "accumulate", "lora_rank", "save_every"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("context", self.context, 16)

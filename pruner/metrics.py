@@ -25,6 +25,8 @@ class Metrics:
             # The last line may be half a line.
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
             path.write_text("".join(lines), encoding="utf-8")
+        else:
+            path.touch()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_tune import run_config
+from test_tune import run_config, weights_of
 
 from ctxprune.pruner import adapter
 from ctxprune.pruner.checkpoint import GATES, SETTINGS, load, read_config
@@ -79,6 +79,26 @@ def test_a_second_run_adds_to_the_adapter_of_the_first(
         about = json.loads(opened.metadata()["ctxprune"])
     assert about["lora_rank"] == rank
     assert [run["train"] for run in about["provenance"]["earlier"]] == [first]
+
+
+def test_no_steps_calibrate_a_tuned_model_anew(
+    tiny_folder: Make, dense_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    """Nothing but the levels changes, and the adapter is still one for the published weights."""
+    tuned = tune(tiny_folder("llama"), tmp_path / "tuned", run_config(text_file, train="lora"))
+    source, file = str(dense_folder("llama")), tuned / adapter.FILE
+    ranked = convert(source, tmp_path / "ranked", {"attention_bonus": 3.0}, adapter=file)
+    alone = run_config(text_file, train="gates", steps=0, sparsity=0.65)
+    anew = tune(ranked, tmp_path / "anew", alone)
+    before, after = weights_of(ranked), weights_of(anew)
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    old, new = read_config(ranked), read_config(anew)
+    assert set(new.levels) == {*old.levels, 0.65} and new.tuned == 0.65
+    assert all(new.levels[level] != old.levels[level] for level in (0.5, 0.8))
+    assert new == replace(old, levels=new.levels, tuned=0.65)
+    again = convert(source, tmp_path / "again", {}, adapter=anew / adapter.FILE)
+    assert read_config(again) == new
+    assert all(torch.equal(weights_of(again)[name], weight) for name, weight in before.items())
 
 
 def test_after_full_tuning_there_is_no_adapter(
