@@ -1,12 +1,18 @@
 """How unlike the layers should be: shares raised to a power, picked by what is lost at inference.
 
-One threshold for all layers ranks them by what they need, but makes them too much alike where rows
-are few. So the shares of a level are raised to a power and scaled back to their sum, and the power
-is the one with which the evicting engine stays nearest to the dense model on held-out text.
+One threshold for all layers ranks them by what they need, but makes them too much alike. So the
+shares of a level are raised to a power and scaled back to their sum, and the power is the one with
+which the evicting engine stays nearest to the dense model on held-out text.
+
+Running text seldom asks for what is far back, so it hardly tells: there a few layers that remember
+are worth little more than many that forget. Hence half of what counts is how well passages are
+recalled.
 """
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -18,10 +24,12 @@ from ctxprune.pruner import policies
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.objective import distillation_loss
 
-POWERS = (1.0, 1.25, 1.5, 2.0)
+POWERS = (1.0, 1.5, 2.0, 3.0)
 # Held-out tokens that a power is picked on, read once for every level and power; and those a pass.
 TOKENS = 4096
 PASS = 1024
+# Passages at the end of a window.
+PASSAGES = 4
 
 
 @torch.no_grad()
@@ -38,17 +46,19 @@ def divide(
         shares: level -> share of the pairs j < k that each layer keeps.
 
     Returns:
-        level -> shares of the same sum, the given ones to that power of `POWERS` whose divergence
-        (`objective.distillation_loss`) from the dense model is least.
+        level -> shares of the same sum: the given ones to that power of `POWERS` for which the
+        divergence from the dense model (`objective.distillation_loss`) on running text, times that
+        on passages which the text repeats (`recalled`), is least.
     """
     handle = handle_of(model)
     context = windows.shape[1]
     candidates = {
         (level, power): to_power(kept, power) for level, kept in shares.items() for power in POWERS
     }
-    losses = dict.fromkeys(candidates, 0.0)
+    running, asked = dict.fromkeys(candidates, 0.0), dict.fromkeys(candidates, 0.0)
     count = min(max(1, TOKENS // context), len(windows))
-    chosen = windows[torch.linspace(0, len(windows) - 1, count).long()]
+    chosen = recalled(windows[torch.linspace(0, len(windows) - 1, count).long()])
+    first = context - PASSAGES * _length(context)
     done = 0
     for batch in chosen.split(max(1, PASS // context)):
         if on_phase is not None:
@@ -57,19 +67,46 @@ def divide(
         ids = batch.to(model.device)
         with handle.trying(None):
             dense = model(ids, use_cache=False).logits
-        for (level, power), kept in candidates.items():
-            config = replace(handle.config, context=context, levels={level: kept})
-            request = policies.Request(level, (context,), config, handle.gate_list)
+        for key, kept in candidates.items():
+            config = replace(handle.config, context=context, levels={key[0]: kept})
+            request = policies.Request(key[0], (context,), config, handle.gate_list)
             with handle.trying(policies.make("gate", request)):
                 pruned = model(ids, use_cache=False).logits
-            losses[level, power] += float(distillation_loss(pruned, dense)) * len(batch)
-    best = {level: min(POWERS, key=lambda power: losses[level, power]) for level in shares}
+            for part, sums in ((slice(first), running), (slice(first - 1, None), asked)):
+                sums[key] += len(batch) * float(distillation_loss(pruned[:, part], dense[:, part]))
+    lost = {key: _log(running[key]) + _log(asked[key]) for key in candidates}
+    best = {level: min(POWERS, key=lambda power: lost[level, power]) for level in shares}
     return {level: candidates[level, power] for level, power in best.items()}
+
+
+def recalled(windows: Tensor) -> Tensor:
+    """Windows (count, n) whose last tokens are passages from anywhere before, drawn by seed 0.
+
+    They replace an eighth of each window.
+    """
+    draw = random.Random(0)
+    length = _length(windows.shape[1])
+    end = windows.shape[1] - PASSAGES * length
+    rows = []
+    for window in windows:
+        starts = [draw.randrange(end - length + 1) for _ in range(PASSAGES)]
+        rows.append(torch.cat([window[:end], *(window[at : at + length] for at in starts)]))
+    return torch.stack(rows)
+
+
+def _length(context: int) -> int:
+    """Tokens of a passage."""
+    return max(context // (8 * PASSAGES), 1)
+
+
+def _log(divergence: float) -> float:
+    """Its logarithm; where nothing is dropped it is 0, or below by rounding."""
+    return math.log(max(divergence, 1e-9))
 
 
 def to_power(shares: Sequence[float], power: float) -> tuple[float, ...]:
     """Shares in [0, 1] to a power, scaled to the same sum with none above 1."""
-    raised = torch.tensor(shares, dtype=torch.float64) ** power
+    raised = torch.tensor(shares, dtype=torch.float64).clamp_min(1e-6) ** power
     full = torch.zeros_like(raised, dtype=torch.bool)
     while True:
         scale = (sum(shares) - int(full.sum())) / raised[~full].sum()

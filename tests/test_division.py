@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from conftest import FAMILIES, tiny_model
 
 from ctxprune.pruner.config import PruneConfig
-from ctxprune.pruner.division import POWERS, divide, to_power
+from ctxprune.pruner.division import PASSAGES, POWERS, divide, recalled, to_power
 from ctxprune.pruner.engine import Handle, attach, new_gates
 
 CONTEXT = 96
@@ -46,6 +45,20 @@ def test_a_power_is_the_ratio_of_the_shares_until_a_layer_is_full() -> None:
     assert full == 1.0 and rest == pytest.approx((0.4, 0.1))
 
 
+@pytest.mark.parametrize("context", [16, 96, 1000])
+def test_what_is_asked_for_was_read_before(context: int) -> None:
+    windows = torch.arange(2 * context).view(2, context)
+    asked = recalled(windows)
+    length = max(context // 32, 1)
+    end = context - PASSAGES * length
+    assert torch.equal(asked[:, :end], windows[:, :end]) and asked.shape == windows.shape
+    for before, passages in zip(windows, asked[:, end:].unflatten(1, (PASSAGES, -1)), strict=True):
+        for passage in passages:
+            assert torch.equal(passage, torch.arange(length) + passage[0])
+            assert passage[0] >= before[0] and passage[-1] <= before[end - 1]
+    assert torch.equal(asked, recalled(windows))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_power_that_diverges_least_is_taken(family: str) -> None:
     handle = scattered_handle(family)
@@ -53,28 +66,31 @@ def test_the_power_that_diverges_least_is_taken(family: str) -> None:
     windows = torch.randint(2, 300, (3, CONTEXT), generator=torch.Generator().manual_seed(2))
     chosen = divide(handle.model, windows, SHARES)
     assert handle.config is before and handle.policy is None
+    end = CONTEXT - PASSAGES * (CONTEXT // 32)
     powers = set()
     for level, shares in SHARES.items():
-        divergence = {}
+        lost = {}
         for power in POWERS:
             raised = to_power(shares, power)
             handle.config = replace(before, context=CONTEXT, levels={level: raised})
-            divergence[raised] = 0.0
-            for window in windows:
+            each = torch.zeros(CONTEXT - 1)
+            for window in recalled(windows):
                 handle.use("gate", 0.0)
                 dense = _log_probabilities(handle, window)
                 handle.use("gate", level)
                 pruned = _log_probabilities(handle, window)
-                divergence[raised] += float((dense.exp() * (dense - pruned)).sum(-1).mean())
+                each += (dense.exp() * (dense - pruned)).sum(-1)
+            # Entry k is of token k + 1.
+            lost[raised] = float(each[: end - 1].sum() * each[end - 1 :].sum())
         handle.config = before
-        assert chosen[level] == min(divergence, key=lambda raised: divergence[raised])
-        assert max(divergence.values()) > 1.01 * min(divergence.values())
-        powers.add(list(divergence).index(chosen[level]))
+        assert chosen[level] == min(lost, key=lambda raised: lost[raised])
+        assert max(lost.values()) > 1.01 * min(lost.values())
+        powers.add(list(lost).index(chosen[level]))
     assert powers != {0}, "where nothing is gained by a power, the test says nothing"
 
 
 def _log_probabilities(handle: Handle, window: torch.Tensor) -> torch.Tensor:
+    """(n - 1, vocabulary), of every token but the first."""
     with torch.no_grad():
         logits = handle.model(window[None], use_cache=False).logits[0, :-1]
-    assert math.isfinite(float(logits.sum()))
     return logits.log_softmax(-1)
