@@ -4,14 +4,13 @@ One threshold for all layers ranks them by what they need, but makes them too mu
 shares of a level are raised to a power and scaled back to their sum, and the power is the one with
 which the evicting engine stays nearest to the dense model on held-out text.
 
-Running text seldom asks for what is far back, so it hardly tells: there a few layers that remember
-are worth little more than many that forget. Hence half of what counts is how well passages are
-recalled.
+Running text seldom asks for what is far back, so it hardly tells a few layers that remember from
+many that forget. So it only decides which powers may be taken, and among them the one is taken that
+best recalls passages which the text repeats.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +23,9 @@ from ctxprune.pruner import policies
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.objective import distillation_loss
 
-POWERS = (1.0, 1.5, 2.0, 3.0)
+POWERS = (1.0, 1.5, 2.0)
+# The share of the least divergence on running text that recalling more may cost.
+CONCESSION = 0.05
 # Held-out tokens that a power is picked on, read once for every level and power; and those a pass.
 TOKENS = 4096
 PASS = 1024
@@ -46,9 +47,9 @@ def divide(
         shares: level -> share of the pairs j < k that each layer keeps.
 
     Returns:
-        level -> shares of the same sum: the given ones to that power of `POWERS` for which the
-        divergence from the dense model (`objective.distillation_loss`) on running text, times that
-        on passages which the text repeats (`recalled`), is least.
+        level -> shares of the same sum: the given ones to one of `POWERS`. The divergence from the
+        dense model (`objective.distillation_loss`) on running text is at most `CONCESSION` above
+        the least, and that on passages which the text repeats (`recalled`) is least.
     """
     handle = handle_of(model)
     context = windows.shape[1]
@@ -74,8 +75,12 @@ def divide(
                 pruned = model(ids, use_cache=False).logits
             for part, sums in ((slice(first), running), (slice(first - 1, None), asked)):
                 sums[key] += len(batch) * float(distillation_loss(pruned[:, part], dense[:, part]))
-    lost = {key: _log(running[key]) + _log(asked[key]) for key in candidates}
-    best = {level: min(POWERS, key=lambda power: lost[level, power]) for level in shares}
+    best = {}
+    for level in shares:
+        least = min(running[level, power] for power in POWERS)
+        most = least + CONCESSION * abs(least)
+        allowed = [power for power in POWERS if running[level, power] <= most]
+        best[level] = min(allowed, key=lambda power: asked[level, power])
     return {level: candidates[level, power] for level, power in best.items()}
 
 
@@ -97,11 +102,6 @@ def recalled(windows: Tensor) -> Tensor:
 def _length(context: int) -> int:
     """Tokens of a passage."""
     return max(context // (8 * PASSAGES), 1)
-
-
-def _log(divergence: float) -> float:
-    """Its logarithm; where nothing is dropped it is 0, or below by rounding."""
-    return math.log(max(divergence, 1e-9))
 
 
 def to_power(shares: Sequence[float], power: float) -> tuple[float, ...]:
