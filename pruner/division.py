@@ -25,7 +25,7 @@ from ctxprune.pruner.objective import distillation_loss
 
 POWERS = (1.0, 1.5, 2.0)
 # The share of the least divergence on running text that recalling more may cost.
-CONCESSION = 0.05
+CONCESSION = 0.1
 # Held-out tokens that a power is picked on, read once for every level and power; and those a pass.
 TOKENS = 4096
 PASS = 1024
