@@ -101,6 +101,12 @@ def windows(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
+def spread(windows: Tensor, count: int) -> Tensor:
+    """At most `count` of the windows, spread over the text rather than its beginning."""
+    chosen = torch.linspace(0, len(windows) - 1, min(count, len(windows)))
+    return windows[chosen.long()]
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a piece of text, without special tokens."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctxprune.pruner import policies
+from ctxprune.pruner.data import spread
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.objective import distillation_loss
 
@@ -57,13 +58,12 @@ def divide(
         (level, power): to_power(kept, power) for level, kept in shares.items() for power in POWERS
     }
     running, asked = dict.fromkeys(candidates, 0.0), dict.fromkeys(candidates, 0.0)
-    count = min(max(1, TOKENS // context), len(windows))
-    chosen = recalled(windows[torch.linspace(0, len(windows) - 1, count).long()])
-    first = context - PASSAGES * _length(context)
+    chosen = recalled(spread(windows, max(1, TOKENS // context)))
+    first = _running(context)
     done = 0
     for batch in chosen.split(max(1, PASS // context)):
         if on_phase is not None:
-            on_phase(f"dividing the rows among the layers, {done / count:.0%}")
+            on_phase(f"dividing the rows among the layers, {done / len(chosen):.0%}")
         done += len(batch)
         ids = batch.to(model.device)
         with handle.trying(None):
@@ -90,8 +90,8 @@ def recalled(windows: Tensor) -> Tensor:
     They replace an eighth of each window.
     """
     draw = random.Random(0)
-    length = _length(windows.shape[1])
-    end = windows.shape[1] - PASSAGES * length
+    end = _running(windows.shape[1])
+    length = (windows.shape[1] - end) // PASSAGES
     rows = []
     for window in windows:
         starts = [draw.randrange(end - length + 1) for _ in range(PASSAGES)]
@@ -99,9 +99,9 @@ def recalled(windows: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _length(context: int) -> int:
-    """Tokens of a passage."""
-    return max(context // (8 * PASSAGES), 1)
+def _running(context: int) -> int:
+    """Tokens of a window before its passages: seven eighths."""
+    return context - PASSAGES * max(context // (8 * PASSAGES), 1)
 
 
 def to_power(shares: Sequence[float], power: float) -> tuple[float, ...]:

@@ -310,8 +310,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tens
     if config.valid is not None or config.data is None:
         texts = data.read_texts(config.valid, "calibrate")
         held = data.windows(tokenizer, texts, config.context)
-        # Spread over the text rather than its beginning.
-        return train, held[torch.linspace(0, len(held) - 1, min(count, len(held))).long()]
+        return train, data.spread(held, count)
     spare = max(1, len(train) // 20)
     if len(train) <= spare:
         raise CtxpruneError(
