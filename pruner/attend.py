@@ -41,14 +41,14 @@ class Tally:
 
 @dataclass(frozen=True)
 class Reading:
-    """The tokens of one forward pass, the same for every layer.
+    """The tokens of one forward pass.
 
     Attributes:
         position: (b, n) int64 from the first real token of each sequence, -1 for padding.
         seen: at least the number of tokens that any sequence has seen after this pass.
         padded: some of them are -1.
-        blocks: (start, stop, border) of each block of queries; border: its last token is, for some
-            sequence, one after which rows leave by score.
+        blocks: layer by layer, (start, stop, border) of each block of queries; border: its last
+            token is, for some sequence, one after which rows leave by score.
         max_rows: cap on the rows of a sequence.
         tally: counts, if anybody wants to know.
     """
@@ -56,7 +56,7 @@ class Reading:
     position: Tensor
     seen: int
     padded: bool
-    blocks: tuple[tuple[int, int, bool], ...]
+    blocks: tuple[tuple[tuple[int, int, bool], ...], ...]
     max_rows: int | None = None
     tally: Tally | None = None
 
@@ -92,7 +92,8 @@ def attend(
     with _span("gate"):
         notes = policy.annotate(layer, hidden)
     outputs = []
-    for index, (start, stop, border) in enumerate(reading.blocks):
+    blocks = reading.blocks[layer]
+    for index, (start, stop, border) in enumerate(blocks):
         part = slice(start, stop)
         now = Block(
             reading.position[:, part],
@@ -122,7 +123,7 @@ def attend(
             if stays is not None:
                 if expires is not None:
                     _note_expiry(expires, table, now, alive, stays)
-                following = reading.blocks[index + 1 : index + 2]
+                following = blocks[index + 1 : index + 2]
                 more = following[0][1] - stop if following else 0
                 table.evict(stays, more=more)
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
@@ -265,7 +266,7 @@ def _limit(
     rows = held.sum(dim=1, keepdim=True)
     limit = rows
     if policy.budget is not None:
-        asked = (newest >= 0) & (seen % policy.budget.period == 0)
+        asked = (newest >= 0) & (seen % policy.budget.period(layer) == 0)
         limit = torch.where(asked, torch.minimum(rows, policy.budget.after(layer)), rows)
     if reading.max_rows is not None:
         period = cap_period(reading.max_rows)

@@ -2,8 +2,9 @@
 
 Such a policy holds as many rows at any length: of all ways to keep a share of the pairs j < k of a
 text, an even one costs least, since the first rows of a cache are worth most (docs/decisions.md).
-Rows leave at borders, after every `period`-th token of a sequence, and grow by one a token in
-between; the share is met with that counted in.
+Rows leave at borders, after every so many tokens of a sequence, and grow by one a token in between;
+the share is met with that counted in. A layer of few rows has its borders close together, one of
+many reads long blocks at full speed.
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ class Budget:
         device: of what the budget says.
 
     Attributes:
-        period: (b, 1) int64, tokens between two borders of each sequence.
-        periods: the same, for the host.
+        periods: tokens between two borders, layer by layer: of each sequence.
     """
 
     def __init__(
@@ -54,9 +54,13 @@ class Budget:
     ) -> None:
         pairs = zip(contexts, shares, strict=True)
         plans = [_plan(sparsity, context, share, least) for context, share in pairs]
-        self.periods = [period for period, _ in plans]
-        self.period = torch.tensor(self.periods, device=device)[:, None]
+        self.periods = list(zip(*(periods for periods, _ in plans), strict=True))
+        self._periods = torch.tensor(self.periods, device=device)[:, :, None]
         self._rows = torch.tensor([rows for _, rows in plans], device=device).T[:, :, None]
+
+    def period(self, layer: int) -> Tensor:
+        """Tokens (b, 1) int64 between two borders of each sequence."""
+        return self._periods[layer]
 
     def after(self, layer: int) -> Tensor:
         """Rows (b, 1) int64 that may stay at a border."""
@@ -66,34 +70,37 @@ class Budget:
 @lru_cache(maxsize=65536)
 def _plan(
     sparsity: float, context: int, shares: tuple[float, ...], least: int
-) -> tuple[int, tuple[int, ...]]:
-    """The period, and the rows of each layer at a border."""
-    window = window_of(sparsity, context)
-    # Between borders rows come and go by a period: no more than half of the smallest layer's.
-    smallest = window * min(shares) * len(shares) / sum(shares)
-    period = _power_of_two(min(window / 4, smallest / 2), LONGEST)
-    earlier = torch.arange(context)
-    border = earlier // period * period
-    wanted = (1.0 - sparsity) * float(earlier.sum()) * len(shares)
-    between = float((earlier - border).sum()) * len(shares)
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The period of each layer, and its rows at a border."""
     held = torch.tensor(shares, dtype=torch.float64)
+    window = window_of(sparsity, context)
+    own = window * held / held.mean()
+    # New tokens stay until the next border, wanted or not: half of a layer's rows at most.
+    longest = torch.minimum(own.clamp_min(window) / 4, own / 2).tolist()
+    periods = tuple(_power_of_two(tokens, LONGEST) for tokens in longest)
+    every = torch.tensor(periods)
+    earlier = torch.arange(context)
+    border = earlier // every[:, None] * every[:, None]
+    wanted = (1.0 - sparsity) * float(earlier.sum()) * len(shares)
+    between = float((earlier - border).sum())
     # Rounded up or down layer by layer, so that few rows can still meet a share exactly.
     steps = (torch.arange(len(shares), dtype=torch.float64) * 0.6180339887498949 + 0.5) % 1.0
     # Rows that no border reaches count for nothing.
-    most = max(int(border[-1]), least) if context else least
+    most = border[:, -1].clamp_min(least) if context else torch.full_like(every, least)
 
     def rows(scale: float) -> Tensor:
-        return (held * scale + steps).floor().clamp(least, most).long()
+        at_border = held * scale - (every - 1) / 2
+        return torch.minimum((at_border + steps).floor().clamp_min(least).long(), most)
 
     def excess(scale: float) -> float:
         return float(torch.minimum(rows(scale)[:, None], border).sum()) + between - wanted
 
-    low, high = 0.0, most / max(min(shares), 1e-6) + 1.0
+    low, high = 0.0, 2.0 * max(context, least) / max(min(shares), 1e-6) + 1.0
     for _ in range(60):
         scale = (low + high) / 2
         low, high = (low, scale) if excess(scale) > 0 else (scale, high)
     nearest = min(low, high, key=lambda scale: abs(excess(scale)))
-    return period, tuple(rows(nearest).tolist())
+    return periods, tuple(rows(nearest).tolist())
 
 
 def _power_of_two(number: float, most: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import cycle
 from typing import Any
 
@@ -119,11 +120,6 @@ class PrunedCache(Cache):
         if self.tokens is None:
             self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
             self._counts = [0] * batch
-        periods = []
-        if self.max_rows is not None:
-            periods.append([cap_period(self.max_rows)])
-        if self.policy.budget is not None:
-            periods.append(self.policy.budget.periods)
         position = self.tokens[:, None] + torch.arange(length, device=device)
         padded = mask is not None and not bool(mask[:, -length:].all())
         if mask is not None and padded:
@@ -131,15 +127,14 @@ class PrunedCache(Cache):
             position = self.tokens[:, None] + real.cumsum(dim=1) - 1
             position = position.masked_fill(real == 0, -1)
             self.tokens = self.tokens + real.sum(dim=1)
-            places = position.tolist()
+            places: list[Sequence[int]] = [tuple(row) for row in position.tolist()]
             self._counts = self.tokens.tolist()
         else:
             self.tokens = self.tokens + length
             places = [range(count, count + length) for count in self._counts]
             self._counts = [count + length for count in self._counts]
-        borders = {end for period in periods for end in _borders(places, period)}
-        blocks = _blocks(length, self.block, borders)
         seen = self.get_seq_length() + length
+        blocks = self._cut(places, length)
         self.reading = Reading(position, seen, padded, blocks, self.max_rows, self.tally)
         if self.expires is not None:
             self._lengthen_record(int(self.tokens.max()))
@@ -209,6 +204,20 @@ class PrunedCache(Cache):
         """The record of a layer, (b, n) int64, or None where none is kept."""
         return None if self.expires is None else self.expires[layer]
 
+    def _cut(
+        self, places: Sequence[Sequence[int]], length: int
+    ) -> tuple[tuple[tuple[int, int, bool], ...], ...]:
+        """The blocks of each layer, see `Reading`."""
+        cap = [] if self.max_rows is None else [(cap_period(self.max_rows),)]
+
+        @cache
+        def blocks(periods: tuple[int, ...]) -> tuple[tuple[int, int, bool], ...]:
+            borders = {end for some in (*cap, periods) for end in _borders(places, some)}
+            return _blocks(length, self.block, borders)
+
+        budget = self.policy.budget
+        return tuple(map(blocks, [()] * len(self.layers) if budget is None else budget.periods))
+
     def _lengthen_record(self, total: int) -> None:
         assert self.expires is not None and self.tokens is not None
         if not self.expires:
@@ -227,7 +236,7 @@ def _borders(places: Sequence[Sequence[int]], periods: Sequence[int]) -> Iterato
         places: position of each token, -1 for padding, sequence by sequence.
         periods: of each sequence, or one for all.
     """
-    for place, period in zip(places, cycle(periods), strict=False):
+    for place, period in set(zip(places, cycle(periods), strict=False)):
         if isinstance(place, range):
             yield from range(period - place.start % period, len(place) + 1, period)
         else:

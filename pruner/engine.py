@@ -180,7 +180,8 @@ class Handle:
         """Tokens of a sequence between two evictions at most; 0 while nothing is evicted."""
         if self.policy is None:
             return 0
-        return 1 if self.policy.budget is None else max(self.policy.budget.periods)
+        budget = self.policy.budget
+        return 1 if budget is None else max(max(periods) for periods in budget.periods)
 
     def cache(self, *, record: bool = False) -> PrunedCache | DenseCache:
         """A fresh cache for what was chosen; `record` as in `PrunedCache`."""

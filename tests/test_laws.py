@@ -210,7 +210,7 @@ def test_eviction_is_the_ranking_written_out(family: str, bonus: float) -> None:
     for sequence, margins in enumerate(soft.scores[0]):
         contribution = partial(contribution_by_hand, *(t[sequence] for t in soft.first))
         expected = ranked_by_hand(
-            margins, contribution, bonus, int(budget.after(0)), int(budget.period), 2
+            margins, contribution, bonus, int(budget.after(0)), int(budget.period(0)), 2
         )
         assert torch.equal(cache.expires[0][sequence], expected)
 
@@ -459,10 +459,35 @@ def test_no_more_blocks_wait_than_a_period_has(policy: str) -> None:
     model, handle = pruning_model("llama")
     handle.use(policy, 0.7, context=LENGTH)
     cache = handle.cache()
-    assert isinstance(cache, PrunedCache)
+    assert isinstance(cache, PrunedCache) and handle.policy is not None
+    budget = handle.policy.budget
+    periods = [1, 1, 1] if budget is None else [of_one for (of_one,) in budget.periods]
     ids = random_ids(1, 100)
     with torch.no_grad():
         for at in range(100):
             model(ids[:, at : at + 1], past_key_values=cache, use_cache=True)
-            waiting = [len(cache.layer(layer).waiting) for layer in range(3)]
-            assert max(waiting) < max(handle.evicts_every, 1)
+            for layer, period in enumerate(periods):
+                assert len(cache.layer(layer).waiting) < period
+
+
+@matrix
+def test_a_layer_of_more_rows_evicts_less_often(family: str) -> None:
+    """Rows leave at the borders of their layer, which also hold where the text comes in pieces."""
+    model, handle = pruning_model(family)
+    handle.use("gate", 0.8, context=LENGTH)
+    assert handle.policy is not None and handle.policy.budget is not None
+    budget = handle.policy.budget
+    periods = [of_one for (of_one,) in budget.periods]
+    rows = [int(budget.after(layer)) for layer in range(3)]
+    most, *_, fewest = sorted(range(3), key=rows.__getitem__, reverse=True)
+    assert periods[most] > periods[fewest]
+    ids = random_ids(2, LENGTH)
+    cache = handle.cache(record=True)
+    for part in ids.split(7, dim=1):
+        logits_of(model, part, past_key_values=cache)
+    assert cache.expires is not None
+    never = torch.iinfo(torch.int64).max
+    for period, expires in zip(periods, cache.expires, strict=True):
+        left = expires[expires < never]
+        assert len(left) and not (left % period).any()
+        assert (left % (2 * period)).any()

@@ -31,7 +31,7 @@ class SnapKVPolicy(Policy):
 
     def observe(self, layer: int, table: Table, block: Block, weights: Tensor) -> None:
         """Add up the votes of this period; the first query of a period begins a new count."""
-        begins = (block.position % self._even.period == 0) & (block.position >= 0)
+        begins = (block.position % self._even.period(layer) == 0) & (block.position >= 0)
         first = begins.any(dim=1, keepdim=True)
         votes = table.vector("votes")
         votes.copy_(votes.masked_fill(first, 0.0) + weights.sum(dim=1))
@@ -44,7 +44,7 @@ class SnapKVPolicy(Policy):
         votes = votes.masked_fill(table.held.gather(1, order) < 0, 0.0)
         pooled = F.max_pool1d(votes[:, None], KERNEL, stride=1, padding=KERNEL // 2)[:, 0]
         scores = torch.empty_like(pooled).scatter_(1, order, pooled)
-        recent = table.held > newest - torch.minimum(limit // 2, self._even.period)
+        recent = table.held > newest - torch.minimum(limit // 2, self._even.period(layer))
         return scores.masked_fill(recent, torch.inf)
 
 
