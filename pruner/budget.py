@@ -76,8 +76,7 @@ def _plan(
     window = window_of(sparsity, context)
     own = window * held / held.mean()
     # New tokens stay until the next border, wanted or not: half of a layer's rows at most.
-    longest = torch.minimum(own.clamp_min(window) / 4, own / 2).tolist()
-    periods = tuple(_power_of_two(tokens, LONGEST) for tokens in longest)
+    periods = tuple(_power_of_two(min(window / 4, rows / 2), LONGEST) for rows in own.tolist())
     every = torch.tensor(periods)
     earlier = torch.arange(context)
     border = earlier // every[:, None] * every[:, None]
