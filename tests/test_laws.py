@@ -38,7 +38,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 def pruning_model(family: str, dtype: str = "float64") -> tuple[PreTrainedModel, Handle]:
     """A tiny model whose gates decide by content: trained ones would be slower to come by."""
     model = tiny_model(family).to(DTYPES[dtype][0])  # type: ignore[arg-type]
-    levels = {0.5: (0.7, 0.5, 0.3), 0.8: (0.2, 0.3, 0.1)}
+    levels = {0.5: (0.7, 0.5, 0.3), 0.8: (0.2, 0.34, 0.06)}
     config = PruneConfig(rank=8, protect_first=2, protect_recent=3, context=LENGTH, levels=levels)
     gates = new_gates(model, config).to(torch.float64 if dtype == "float64" else torch.float32)
     torch.manual_seed(1)
