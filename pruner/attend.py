@@ -22,6 +22,11 @@ from ctxprune.pruner.table import Table
 BLOCK = 128
 
 
+# Start and stop of a block of queries, and whether it ends at a border: its last token is, for some
+# sequence, one after which rows leave by score.
+Cut = tuple[int, int, bool]
+
+
 class Tally:
     """Counts over everything attended to.
 
@@ -47,8 +52,7 @@ class Reading:
         position: (b, n) int64 from the first real token of each sequence, -1 for padding.
         seen: at least the number of tokens that any sequence has seen after this pass.
         padded: some of them are -1.
-        blocks: layer by layer, (start, stop, border) of each block of queries; border: its last
-            token is, for some sequence, one after which rows leave by score.
+        blocks: layer by layer, where the queries are cut.
         max_rows: cap on the rows of a sequence.
         tally: counts, if anybody wants to know.
     """
@@ -56,7 +60,7 @@ class Reading:
     position: Tensor
     seen: int
     padded: bool
-    blocks: tuple[tuple[tuple[int, int, bool], ...], ...]
+    blocks: tuple[tuple[Cut, ...], ...]
     max_rows: int | None = None
     tally: Tally | None = None
 

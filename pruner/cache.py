@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ctxprune.pruner.attend import BLOCK, Reading, Tally
+from ctxprune.pruner.attend import BLOCK, Cut, Reading, Tally
 from ctxprune.pruner.budget import cap_period
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.policies import Block, Policy
@@ -204,14 +204,12 @@ class PrunedCache(Cache):
         """The record of a layer, (b, n) int64, or None where none is kept."""
         return None if self.expires is None else self.expires[layer]
 
-    def _cut(
-        self, places: Sequence[Sequence[int]], length: int
-    ) -> tuple[tuple[tuple[int, int, bool], ...], ...]:
+    def _cut(self, places: Sequence[Sequence[int]], length: int) -> tuple[tuple[Cut, ...], ...]:
         """The blocks of each layer, see `Reading`."""
         cap = [] if self.max_rows is None else [(cap_period(self.max_rows),)]
 
         @cache
-        def blocks(periods: tuple[int, ...]) -> tuple[tuple[int, int, bool], ...]:
+        def blocks(periods: tuple[int, ...]) -> tuple[Cut, ...]:
             borders = {end for some in (*cap, periods) for end in _borders(places, some)}
             return _blocks(length, self.block, borders)
 
@@ -243,8 +241,8 @@ def _borders(places: Sequence[Sequence[int]], periods: Sequence[int]) -> Iterato
             yield from (at + 1 for at, p in enumerate(place) if p >= 0 and (p + 1) % period == 0)
 
 
-def _blocks(length: int, block: int, borders: set[int]) -> tuple[tuple[int, int, bool], ...]:
-    """(start, stop, border) of blocks of at most `block` queries that end at every border."""
+def _blocks(length: int, block: int, borders: set[int]) -> tuple[Cut, ...]:
+    """Blocks of at most `block` queries that end at every border."""
     blocks, start = [], 0
     for end in sorted(borders | {length}):
         while start < end:
