@@ -11,6 +11,8 @@ from ctxprune.pruner.gate import sparsity_of, window_of
 
 # Levels that every tuned model is calibrated at, beside the one asked for.
 STANDARD = (0.5, 0.6, 0.7, 0.8, 0.9)
+# Rows a layer at which half of them are divided evenly.
+EVEN = 8
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,11 @@ def layer_windows(config: PruneConfig, sparsity: float, context: int) -> tuple[f
     """Rows a layer, in proportion to each other, for a sparsity in (0, 1) at a context.
 
     It is the number of rows that decides how layers share them, so the level is looked up by the
-    rows that it has at the tuned context; between two calibrated levels shares are linear.
+    rows that it has at the tuned context; between two calibrated levels shares are linear. Of few
+    rows, as in a short text, a part is divided evenly: every layer needs some for what is near.
     """
-    level = sparsity_of(window_of(sparsity, context), config.context)
+    rows = window_of(sparsity, context)
+    level = sparsity_of(rows, config.context)
     known = list(config.levels)
     right = bisect_left(known, level)
     if right in (0, len(known)):
@@ -50,4 +54,7 @@ def layer_windows(config: PruneConfig, sparsity: float, context: int) -> tuple[f
         part = (level - low) / (high - low)
         pairs = zip(config.levels[low], config.levels[high], strict=True)
         shares = tuple((1 - part) * a + part * b for a, b in pairs)
-    return tuple(window_of(1.0 - share, config.context) for share in shares)
+    windows = [window_of(1.0 - share, config.context) for share in shares]
+    even = 1.0 / (1.0 + (rows / EVEN) ** 2)
+    mean = sum(windows) / len(windows)
+    return tuple(even * mean + (1.0 - even) * window for window in windows)
