@@ -20,8 +20,6 @@ from ctxprune.pruner.table import Table
 # Queries a block. A larger one holds more rows at its end, a smaller one makes more small steps
 # (docs/performance.md).
 BLOCK = 128
-
-
 # Start and stop of a block of queries, and whether it ends at a border: its last token is, for some
 # sequence, one after which rows leave by score.
 Cut = tuple[int, int, bool]
