@@ -269,7 +269,7 @@ def _limit(
     limit = rows
     if policy.budget is not None:
         asked = (newest >= 0) & (seen % policy.budget.period(layer) == 0)
-        limit = torch.where(asked, torch.minimum(rows, policy.budget.after(layer)), rows)
+        limit = torch.where(asked, torch.minimum(rows, policy.budget.after(layer, seen)), rows)
     if reading.max_rows is not None:
         period = cap_period(reading.max_rows)
         room = reading.max_rows - period

@@ -6,13 +6,12 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
+from ctxprune.pruner.budget import fewness
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.gate import sparsity_of, window_of
 
 # Levels that every tuned model is calibrated at, beside the one asked for.
 STANDARD = (0.5, 0.6, 0.7, 0.8, 0.9)
-# Rows a layer at which half of them are divided evenly.
-EVEN = 8
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,6 @@ def layer_windows(config: PruneConfig, sparsity: float, context: int) -> tuple[f
         pairs = zip(config.levels[low], config.levels[high], strict=True)
         shares = tuple((1 - part) * a + part * b for a, b in pairs)
     windows = [window_of(1.0 - share, config.context) for share in shares]
-    even = 1.0 / (1.0 + (rows / EVEN) ** 2)
+    even = fewness(rows)
     mean = sum(windows) / len(windows)
     return tuple(even * mean + (1.0 - even) * window for window in windows)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ctxprune.pruner import policies
 from ctxprune.pruner import soft as soft_module
+from ctxprune.pruner.budget import Budget
 from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.checkpoint import load
 from ctxprune.pruner.config import PruneConfig
@@ -160,11 +161,16 @@ def contribution_by_hand(
     return attention * value[:, held].norm(dim=-1).mean(dim=0)
 
 
+def rows_after(budget: Budget, layer: int, seen: int) -> int:
+    """Rows of a single sequence that stay after so many tokens."""
+    return int(budget.after(layer, torch.tensor([[seen]])))
+
+
 def ranked_by_hand(
     margins: Tensor,
     contribution: Callable[[int, list[int]], Tensor],
     bonus: float,
-    rows: int,
+    rows: Callable[[int], int],
     period: int,
     first: int,
 ) -> Tensor:
@@ -173,6 +179,7 @@ def ranked_by_hand(
     Args:
         margins: (n, n), [k, j] the least score of token j over the queries up to k.
         contribution: of the held tokens to a query k, (held,).
+        rows: that stay after so many tokens.
     """
     length = len(margins)
     held: list[int] = []
@@ -181,12 +188,13 @@ def ranked_by_hand(
     for k in range(length):
         held.append(k)
         received[held] += contribution(k, held)
-        if (k + 1) % period == 0 and len(held) > rows:
+        if (k + 1) % period == 0:
             score = (margins[k] + bonus * received.log()).tolist()
             worth = sorted(held, key=lambda j: (j >= first, -score[j], -j))
-            for j in worth[rows:]:
+            stay = rows(k + 1)
+            for j in worth[stay:]:
                 expires[j] = k + 1
-            held = sorted(worth[:rows])
+            held = sorted(worth[:stay])
     return expires
 
 
@@ -210,7 +218,7 @@ def test_eviction_is_the_ranking_written_out(family: str, bonus: float) -> None:
     for sequence, margins in enumerate(soft.scores[0]):
         contribution = partial(contribution_by_hand, *(t[sequence] for t in soft.first))
         expected = ranked_by_hand(
-            margins, contribution, bonus, int(budget.after(0)), int(budget.period(0)), 2
+            margins, contribution, bonus, partial(rows_after, budget, 0), int(budget.period(0)), 2
         )
         assert torch.equal(cache.expires[0][sequence], expected)
 
@@ -478,7 +486,7 @@ def test_a_layer_of_more_rows_evicts_less_often(family: str) -> None:
     assert handle.policy is not None and handle.policy.budget is not None
     budget = handle.policy.budget
     periods = [of_one for (of_one,) in budget.periods]
-    rows = [int(budget.after(layer)) for layer in range(3)]
+    rows = [rows_after(budget, layer, LENGTH) for layer in range(3)]
     most, *_, fewest = sorted(range(3), key=rows.__getitem__, reverse=True)
     assert periods[most] > periods[fewest]
     ids = random_ids(2, LENGTH)

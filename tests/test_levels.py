@@ -2,9 +2,10 @@
 
 import pytest
 
+from ctxprune.pruner.budget import FEW
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.gate import sparsity_of, window_of
-from ctxprune.pruner.levels import EVEN, layer_windows
+from ctxprune.pruner.levels import layer_windows
 
 LOW, HIGH = (0.8, 0.5, 0.2), (0.3, 0.2, 0.1)
 CONFIG = PruneConfig(context=1024, levels={0.5: LOW, 0.8: HIGH})
@@ -33,7 +34,7 @@ def test_between_levels_shares_are_linear() -> None:
 
 def test_few_rows_are_divided_evenly_and_many_as_calibrated() -> None:
     few, half, many = (
-        layer_windows(CONFIG, sparsity_of(rows, 4096), 4096) for rows in (0.5, EVEN, 100)
+        layer_windows(CONFIG, sparsity_of(rows, 4096), 4096) for rows in (0.5, FEW, 100)
     )
     windows = [window_of(1.0 - share, CONFIG.context) for share in HIGH]
     own = max(windows) / sum(windows)
