@@ -47,7 +47,11 @@ def convert(
         int | None, typer.Option(help="Cap on the rows of a sequence in a layer.")
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="What `tune --train lora` added to this very model.")
+        list[Path] | None,
+        typer.Option(
+            help="What `tune --train lora` added to this very model; of several, given one by "
+            "one, the weights are averaged, and the gates are those of the first."
+        ),
     ] = None,
     force: Force = False,
     trust_remote_code: Annotated[
@@ -68,8 +72,13 @@ def convert(
         max_rows=max_rows,
     )
     folder: Path = conversion.convert(
-        model, out, settings, adapter=adapter, force=force, trust_remote_code=trust_remote_code
+        model,
+        out,
+        settings,
+        adapter=adapter or [],
+        force=force,
+        trust_remote_code=trust_remote_code,
     )
     set_current(folder)
-    following = "tune --sparsity 0.8" if adapter is None else "eval"
+    following = "tune --sparsity 0.8" if not adapter else "eval"
     say(f"wrote {folder}, now the current model; next: ctxprune {following}")

@@ -68,9 +68,9 @@ def check(plan: Recipe) -> None:
         if config:
             config.from_mapping(_fields(step), f"step `{step.name}`")
         for key, is_there in BUILDS_ON.items():
-            given = step.options.get(key)
-            if given is not None and not is_there(Path(str(given))):
-                choose(f"`{key}` of step `{step.name}`", str(given), folders)
+            for given in _named(step, key):
+                if not is_there(Path(given)):
+                    choose(f"`{key}` of step `{step.name}`", given, folders)
         for name in _results_used(step):
             choose(f"eval step in step `{step.name}`", name, evals)
         if step.command in MAKERS:
@@ -89,9 +89,15 @@ def _fields(step: Step) -> dict[str, Any]:
 
 def _results_used(step: Step) -> list[str]:
     """Names of the eval steps whose results a step reads."""
-    of = step.options.get("of") or []
-    names = [of] if isinstance(of, str) else [str(name) for name in of]
-    return names + ([str(step.options["results"])] if step.options.get("results") else [])
+    return _named(step, "of") + _named(step, "results")
+
+
+def _named(step: Step, key: str) -> list[str]:
+    """What an option names: nothing, one thing, or a list of them."""
+    given = step.options.get(key)
+    if given is None:
+        return []
+    return [str(name) for name in given] if isinstance(given, list) else [str(given)]
 
 
 @dataclass
@@ -155,9 +161,8 @@ class Work:
         """Changes with the step's options, with the folders it builds on, and with its results."""
         parts = [json.dumps([step.command, step.options], sort_keys=True, default=str)]
         for key in BUILDS_ON:
-            made = self._note(str(step.options.get(key)))
-            if made.is_file():
-                parts.append(made.read_text(encoding="utf-8"))
+            notes = [self._note(name) for name in _named(step, key)]
+            parts += [note.read_text(encoding="utf-8") for note in notes if note.is_file()]
         for name in _results_used(step):
             parts.append(json.dumps(self.results[name]["levels"], sort_keys=True))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -171,15 +176,12 @@ class Work:
         name = str(step.options["model"])
         return self._made(name) or Path(name)
 
-    def _adapter(self, step: Step) -> Path | None:
-        """The adapter that an earlier step wrote, or a file of the user's."""
+    def _adapters(self, step: Step) -> list[Path]:
+        """The adapters that earlier steps wrote, or files of the user's."""
         from ctxprune.pruner.adapter import FILE
 
-        if step.options.get("adapter") is None:
-            return None
-        name = str(step.options["adapter"])
-        made = self._made(name)
-        return made / FILE if made else Path(name)
+        made = {name: self._made(name) for name in _named(step, "adapter")}
+        return [Path(name) if folder is None else folder / FILE for name, folder in made.items()]
 
     def _convert(self, step: Step) -> None:
         from ctxprune.pruner.convert import convert
@@ -188,7 +190,7 @@ class Work:
             step.options.get("source"),
             self.out / step.name,
             _fields(step),
-            adapter=self._adapter(step),
+            adapter=self._adapters(step),
             force=True,
             trust_remote_code=bool(step.options.get("trust_remote_code", False)),
         )

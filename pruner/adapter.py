@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,21 @@ FILE = "adapter.ctxprune"
 LORA, GATES = "lora/", "gates/"
 # Settings that can change without tuning again.
 DIALS = ("attention_bonus", "max_rows")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter file holds.
+
+    Attributes:
+        about: `config` (of the gates), `provenance` and `lora_rank`.
+        lora, gates: tensors by name. name: of the file, for messages.
+    """
+
+    about: dict[str, Any]
+    lora: dict[str, Tensor]
+    gates: dict[str, Tensor]
+    name: str
 
 
 def wrap(model: PreTrainedModel, rank: int) -> PreTrainedModel:
@@ -71,23 +87,68 @@ def save(
     """
     matrices = get_peft_model_state_dict(model) if rank else {}
     if onto is not None:
-        about, before = _read(onto)
-        matrices = _stacked(_part(before, LORA), matrices)
-        rank += about["lora_rank"]
-    tensors = {GATES + name: tensor for name, tensor in gates.state_dict().items()}
-    tensors |= {LORA + name: matrix.to(torch.bfloat16) for name, matrix in matrices.items()}
-    about = {
-        "config": dataclasses.asdict(config),
-        "provenance": dict(provenance),
-        "lora_rank": rank,
-    }
-    _write(path, about, tensors)
+        before = read(onto)
+        matrices = _stacked(before.lora, matrices)
+        rank += before.about["lora_rank"]
+    matrices = {name: matrix.to(torch.bfloat16) for name, matrix in matrices.items()}
+    about = {"provenance": dict(provenance), "lora_rank": rank}
+    write(path, Adapter(about, matrices, gates.state_dict(), path.name), config)
 
 
-def copy(path: Path, to: Path, config: PruneConfig) -> None:
-    """Write an adapter again, with a configuration that may have changed."""
-    about, tensors = _read(path)
-    _write(to, {**about, "config": dataclasses.asdict(config)}, tensors)
+def read(path: Path) -> Adapter:
+    """Read an adapter file.
+
+    Raises:
+        CtxpruneError: there is none, or it is something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["ctxprune"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CtxpruneError(
+            f"`{path}` is no adapter of ctxprune", f"give the {FILE} that `ctxprune tune` wrote"
+        ) from error
+    return Adapter(about, _part(tensors, LORA), _part(tensors, GATES), str(path))
+
+
+def mean(adapters: Sequence[Adapter]) -> Adapter:
+    """The adapter that gives the mean of the weights that several give ("Model soups", arXiv
+    2203.05482), as LoRA of the sum of their ranks.
+
+    Gates, calibration and settings are those of the first.
+
+    Raises:
+        CtxpruneError: they are of different models.
+    """
+    first, *others = adapters
+    matrices: dict[str, Tensor] = {}
+    for adapter in adapters:
+        scaled = {
+            name: matrix / len(adapters) if "lora_B" in name else matrix
+            for name, matrix in adapter.lora.items()
+        }
+        try:
+            matrices = _stacked(matrices, scaled)
+        except (RuntimeError, KeyError) as error:
+            raise CtxpruneError(
+                f"`{first.name}` and `{adapter.name}` are adapters of different models",
+                "give adapters of one model",
+            ) from error
+    about = {**first.about, "lora_rank": sum(adapter.about["lora_rank"] for adapter in adapters)}
+    if others:
+        with_these = [adapter.about["provenance"] for adapter in others]
+        about["provenance"] = {**first.about["provenance"], "averaged_with": with_these}
+    return Adapter(about, matrices, first.gates, first.name)
+
+
+def write(path: Path, adapter: Adapter, config: PruneConfig) -> None:
+    """Write an adapter, with a configuration that may have changed."""
+    tensors = {GATES + name: tensor for name, tensor in adapter.gates.items()}
+    tensors |= {LORA + name: matrix for name, matrix in adapter.lora.items()}
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    about = {**adapter.about, "config": dataclasses.asdict(config)}
+    save_file(contiguous, path, metadata={"ctxprune": json.dumps(about)})
 
 
 def check_changes(settings: Mapping[str, Any]) -> None:
@@ -100,48 +161,32 @@ def check_changes(settings: Mapping[str, Any]) -> None:
 
 
 def apply(
-    path: Path, model: PreTrainedModel, changes: Mapping[str, Any]
-) -> tuple[PreTrainedModel, nn.ModuleList, PruneConfig, dict[str, Any]]:
+    adapter: Adapter, model: PreTrainedModel, changes: Mapping[str, Any]
+) -> tuple[PreTrainedModel, nn.ModuleList, PruneConfig]:
     """Merge an adapter into the weights that it was trained on.
 
     Args:
         changes: settings to take in place of the adapter's, see `check_changes`.
 
     Returns:
-        the model, its gates, their configuration, and the adapter's provenance.
+        the model, its gates and their configuration.
 
     Raises:
-        CtxpruneError: no adapter, or one of another model.
+        CtxpruneError: it is of another model.
     """
-    about, tensors = _read(path)
-    config = PruneConfig.from_mapping({**about["config"], **changes}, str(path))
+    about = adapter.about
+    config = PruneConfig.from_mapping({**about["config"], **changes}, adapter.name)
     gates = new_gates(model, config)
     try:
-        gates.load_state_dict(_part(tensors, GATES))
+        gates.load_state_dict(adapter.gates)
         if about["lora_rank"]:
-            model = _merge(model, _part(tensors, LORA), about["lora_rank"])
+            model = _merge(model, adapter.lora, about["lora_rank"])
     except (RuntimeError, KeyError) as error:
         raise CtxpruneError(
-            f"`{path}` does not fit this model",
+            f"`{adapter.name}` does not fit this model",
             f"it was trained on {about['provenance'].get('base', 'another one')}",
         ) from error
-    return model, gates, config, about["provenance"]
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["ctxprune"])
-            return about, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CtxpruneError(
-            f"`{path}` is no adapter of ctxprune", f"give the {FILE} that `ctxprune tune` wrote"
-        ) from error
-
-
-def _write(path: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"ctxprune": json.dumps(about)})
+    return model, gates, config
 
 
 def _stacked(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:

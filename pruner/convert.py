@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -31,7 +31,7 @@ def convert(
     out: Path,
     settings: Mapping[str, Any],
     *,
-    adapter: Path | None = None,
+    adapter: Sequence[Path] = (),
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -41,7 +41,8 @@ def convert(
         source: hub id, folder, or .gguf file; None: the embedded checkpoint.
         out: folder to make. force: replace it if it exists.
         settings: fields of `PruneConfig` that are given; the others keep their defaults.
-        adapter: what `tune` added to this very source, whose settings are then the defaults.
+        adapter: what `tune` added to this very source, whose settings are then the defaults; of
+            several the weights are averaged (`adapter.mean`).
         trust_remote_code: let a hub repository run its own code.
 
     Raises:
@@ -49,7 +50,8 @@ def convert(
     """
     checkpoint.refuse_existing(out, force=force)
     config = PruneConfig.from_mapping(settings, "the settings")
-    if adapter is not None:
+    tuned = adapters.mean([adapters.read(path) for path in adapter]) if adapter else None
+    if tuned is not None:
         adapters.check_changes(settings)
     if source is None:
         with embedded_folder() as folder:
@@ -68,15 +70,15 @@ def convert(
         model, tokenizer = _from_hub(source, trust_remote_code=trust_remote_code)
         name = source
     provenance = {"base": name}
-    if adapter is None:
+    if tuned is None:
         gates = new_gates(model, config)
     else:
-        model, gates, config, about = adapters.apply(adapter, model, settings)
-        provenance = {**about, "base": name}
+        model, gates, config = adapters.apply(tuned, model, settings)
+        provenance = {**tuned.about["provenance"], "base": name}
     with checkpoint.staged(out, force=force) as folder:
         checkpoint.write(folder, model, gates, config, tokenizer, provenance)
-        if adapter is not None:
-            adapters.copy(adapter, folder / adapters.FILE, config)
+        if tuned is not None:
+            adapters.write(folder / adapters.FILE, tuned, config)
     return out
 
 

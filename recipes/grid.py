@@ -39,7 +39,7 @@ def expand(recipe: str, entries: list[Any]) -> Iterator[Any]:
         for of, (of_grid, values) in itertools.product(of_model, cells):
             made.append(of + of_grid)
             plain = {key: value for key, value in options.items() if key != "grid"}
-            if builds_on in plain:
+            if of:
                 plain[builds_on] = str(plain[builds_on]) + of
             if "results" in plain and str(plain["results"]) in suffixes:
                 plain["results"] = str(plain["results"]) + of

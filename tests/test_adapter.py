@@ -31,7 +31,7 @@ def test_an_adapter_and_the_source_are_the_tuned_model(
     config = run_config(text_file, train=train)
     tuned = tune(tiny_folder(family), tmp_path / "tuned", config)
     file = tuned / adapter.FILE
-    again = convert(str(dense_folder(family)), tmp_path / "again", {}, adapter=file)
+    again = convert(str(dense_folder(family)), tmp_path / "again", {}, adapter=[file])
     assert read_config(again) == read_config(tuned)
     gates = load_file(tuned / GATES)
     assert all(torch.equal(gates[n], t) for n, t in load_file(again / GATES).items())
@@ -66,10 +66,10 @@ def test_a_second_run_adds_to_the_adapter_of_the_first(
     """With the published weights it is the model after both, also where an adapter made it."""
     tuned = tune(tiny_folder("gpt2"), tmp_path / "tuned", run_config(text_file, train=first))
     source, file = str(dense_folder("gpt2")), tuned / adapter.FILE
-    made = convert(source, tmp_path / "made", {}, adapter=file)
+    made = convert(source, tmp_path / "made", {}, adapter=[file])
     more = run_config(text_file, train=second, lora_rank=8, seed=1)
     twice = tune(made, tmp_path / "twice", more)
-    again = convert(source, tmp_path / "again", {}, adapter=twice / adapter.FILE)
+    again = convert(source, tmp_path / "again", {}, adapter=[twice / adapter.FILE])
     ids = torch.arange(1, 90)[None]
     once, there, here = (load(folder, sparsity=0.0) for folder in (tuned, twice, again))
     with torch.no_grad():
@@ -81,13 +81,54 @@ def test_a_second_run_adds_to_the_adapter_of_the_first(
     assert [run["train"] for run in about["provenance"]["earlier"]] == [first]
 
 
+def test_of_several_adapters_the_weights_are_averaged(
+    tiny_folder: Make, dense_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    """The gates are those of the first, and the file in the new folder makes the same again."""
+    source, untuned = str(dense_folder("llama")), tiny_folder("llama")
+    runs = [
+        run_config(text_file, train="lora"),
+        run_config(text_file, train="lora", lora_rank=8, sparsity=0.0, seed=1),
+    ]
+    tuned = [tune(untuned, tmp_path / f"tuned-{i}", run) for i, run in enumerate(runs)]
+    made = [
+        convert(source, tmp_path / f"made-{i}", {}, adapter=[folder / adapter.FILE])
+        for i, folder in enumerate(tuned)
+    ]
+    both = convert(source, tmp_path / "both", {}, adapter=[f / adapter.FILE for f in tuned])
+    assert read_config(both) == read_config(tuned[0])
+    assert (both / GATES).read_bytes() == (tuned[0] / GATES).read_bytes()
+    first, second, averaged = (load_file(f / "model.safetensors") for f in (*made, both))
+    assert any((first[name] - second[name]).abs().max() > 1e-3 for name in first)
+    for name, weight in averaged.items():
+        torch.testing.assert_close(weight, (first[name] + second[name]) / 2, atol=1e-6, rtol=0)
+    again = convert(source, tmp_path / "again", {}, adapter=[both / adapter.FILE])
+    assert all(torch.equal(weights_of(again)[n], t) for n, t in weights_of(both).items())
+    about = adapter.read(both / adapter.FILE).about
+    assert about["lora_rank"] == 16 + 8
+    assert [run["tune"]["seed"] for run in about["provenance"]["averaged_with"]] == [1]
+
+
+def test_adapters_of_different_models_are_not_averaged(
+    tiny_folder: Make, dense_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    run = run_config(text_file, train="lora")
+    files = [
+        tune(tiny_folder(family), tmp_path / family, run) / adapter.FILE
+        for family in ("llama", "gpt2")
+    ]
+    with pytest.raises(CtxpruneError, match="different models"):
+        convert(str(dense_folder("llama")), tmp_path / "out", {}, adapter=files)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_steps_calibrate_a_tuned_model_anew(
     tiny_folder: Make, dense_folder: Make, text_file: Path, tmp_path: Path
 ) -> None:
     """Nothing but the levels changes, and the adapter is still one for the published weights."""
     tuned = tune(tiny_folder("llama"), tmp_path / "tuned", run_config(text_file, train="lora"))
     source, file = str(dense_folder("llama")), tuned / adapter.FILE
-    ranked = convert(source, tmp_path / "ranked", {"attention_bonus": 3.0}, adapter=file)
+    ranked = convert(source, tmp_path / "ranked", {"attention_bonus": 3.0}, adapter=[file])
     alone = run_config(text_file, train="gates", steps=0, sparsity=0.65)
     anew = tune(ranked, tmp_path / "anew", alone)
     before, after = weights_of(ranked), weights_of(anew)
@@ -96,7 +137,7 @@ def test_no_steps_calibrate_a_tuned_model_anew(
     assert set(new.levels) == {*old.levels, 0.65} and new.tuned == 0.65
     assert all(new.levels[level] != old.levels[level] for level in (0.5, 0.8))
     assert new == replace(old, levels=new.levels, tuned=0.65)
-    again = convert(source, tmp_path / "again", {}, adapter=anew / adapter.FILE)
+    again = convert(source, tmp_path / "again", {}, adapter=[anew / adapter.FILE])
     assert read_config(again) == new
     assert all(torch.equal(weights_of(again)[name], weight) for name, weight in before.items())
 
@@ -115,13 +156,13 @@ def test_what_needs_no_tuning_can_be_changed(
     tuned = tune(tiny_folder("gpt2"), tmp_path / "tuned", run_config(text_file, train="gates"))
     source, file = str(dense_folder("gpt2")), tuned / adapter.FILE
     dials = {"attention_bonus": 2.0, "max_rows": 64}
-    made = convert(source, tmp_path / "made", dials, adapter=file)
+    made = convert(source, tmp_path / "made", dials, adapter=[file])
     assert read_config(made) == replace(read_config(tuned), **dials)
     # The adapter in the new folder says so too.
-    again = convert(source, tmp_path / "again", {}, adapter=made / adapter.FILE)
+    again = convert(source, tmp_path / "again", {}, adapter=[made / adapter.FILE])
     assert read_config(again) == read_config(made)
     with pytest.raises(CtxpruneError, match="`rank`"):
-        convert(source, tmp_path / "other", {"rank": 8}, adapter=file)
+        convert(source, tmp_path / "other", {"rank": 8}, adapter=[file])
 
 
 def test_an_adapter_of_another_model_is_refused(
@@ -130,8 +171,8 @@ def test_an_adapter_of_another_model_is_refused(
     tuned = tune(tiny_folder("gpt2"), tmp_path / "tuned", run_config(text_file, train="lora"))
     out = tmp_path / "out"
     with pytest.raises(CtxpruneError, match="does not fit"):
-        convert(str(dense_folder("llama")), out, {}, adapter=tuned / adapter.FILE)
+        convert(str(dense_folder("llama")), out, {}, adapter=[tuned / adapter.FILE])
     for wrong in (tuned / "model.safetensors", tmp_path / "none"):
         with pytest.raises(CtxpruneError, match="no adapter"):
-            convert(str(dense_folder("gpt2")), out, {}, adapter=wrong)
+            convert(str(dense_folder("gpt2")), out, {}, adapter=[wrong])
     assert not out.exists()

@@ -13,6 +13,7 @@ import pytest
 
 from ctxprune import recipes
 from ctxprune.cli.work import Work, check
+from ctxprune.pruner import adapter
 from ctxprune.pruner.checkpoint import GATES, read_config
 from ctxprune.pruner.errors import CtxpruneError
 
@@ -218,6 +219,30 @@ def test_a_step_goes_on_from_the_adapter_of_another(
         tuned, made = (work.out / f"{name}-seed-{seed}" for name in ("t", "c"))
         assert read_config(made) == replace(read_config(tuned), attention_bonus=2.0)
         assert (made / GATES).read_bytes() == (tuned / GATES).read_bytes()
+
+
+def test_a_step_averages_the_adapters_of_others(
+    dense_folder: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    source = {"source": str(dense_folder("gpt2"))}
+    tune = {"model": "m", "data": str(text_file), "steps": 1, "context": 64, "train": "lora"}
+    steps = [
+        {"name": "m", "convert": source},
+        {"name": "a", "tune": tune},
+        {"name": "b", "tune": {**tune, "sparsity": 0}},
+        {"name": "c", "convert": {**source, "adapter": ["a", "b"]}},
+    ]
+    plan = recipes.parse("mine", {"steps": steps})
+    check(plan)
+    work = Work(tmp_path / "run")
+    for step in plan.steps:
+        work.do(step)
+    tuned, made = work.out / "a", work.out / "c"
+    assert read_config(made) == read_config(tuned)
+    assert adapter.read(made / adapter.FILE).about["lora_rank"] == 2 * 16
+    steps[-1] = {"name": "c", "convert": {**source, "adapter": ["a", "d"]}}
+    with pytest.raises(CtxpruneError, match="unknown `adapter` of step `c` `d`"):
+        check(recipes.parse("mine", {"steps": steps}))
 
 
 def _stop(*_: Any, **__: Any) -> None:
