@@ -93,7 +93,7 @@ class _Plan:
     rows: tuple[Tensor, ...]
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=1024)
 def _plan(sparsity: float, context: int, shares: tuple[float, ...], least: int) -> _Plan:
     """Rows in proportion to `shares` and to position^fewness, that keep 1 - sparsity of the pairs.
 
