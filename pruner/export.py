@@ -69,15 +69,22 @@ def model_card(
     ]
     provenance = about["provenance"]
     if "tune" in provenance:
-        lines += ["", "## Training"]
-        for tuned in (*provenance.get("earlier", []), provenance["tune"]):
-            told = ", ".join(f"{key} {value}" for key, value in tuned.items() if value is not None)
-            lines += ["", told]
+        lines += ["", "## Training", *_runs(provenance)]
+        for other in provenance.get("averaged_with", []):
+            lines += ["", "The weights are the mean of these and of those tuned by", *_runs(other)]
     if results:
         lines += ["", "## Measured", "", *_table(results)]
     elif measured:
         lines += ["", "## Measured", "", measured.rstrip("\n")]
     return "\n".join(lines) + "\n"
+
+
+def _runs(provenance: Mapping[str, Any]) -> list[str]:
+    """A paragraph for each run of `tune`, the first one first."""
+    lines = []
+    for tuned in (*provenance.get("earlier", []), provenance["tune"]):
+        lines += ["", ", ".join(f"{k} {value}" for k, value in tuned.items() if value is not None)]
+    return lines
 
 
 def _table(results: Mapping[str, Any]) -> list[str]:

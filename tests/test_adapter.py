@@ -18,6 +18,7 @@ from ctxprune.pruner.checkpoint import GATES, SETTINGS, load, read_config
 from ctxprune.pruner.convert import convert
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.export import export
 from ctxprune.pruner.tune import tune
 
 Make = Callable[[str], Path]
@@ -107,6 +108,9 @@ def test_of_several_adapters_the_weights_are_averaged(
     about = adapter.read(both / adapter.FILE).about
     assert about["lora_rank"] == 16 + 8
     assert [run["tune"]["seed"] for run in about["provenance"]["averaged_with"]] == [1]
+    card = (export(both, tmp_path / "card") / "README.md").read_text(encoding="utf-8")
+    training = card.partition("## Training")[2]
+    assert training.index("sparsity 0.7") < training.index("mean") < training.index("sparsity 0.0")
 
 
 def test_adapters_of_different_models_are_not_averaged(
