@@ -49,8 +49,8 @@ def convert(
     adapter: Annotated[
         list[Path] | None,
         typer.Option(
-            help="What `tune --train lora` added to this very model; of several, given one by "
-            "one, the weights are averaged, and the gates are those of the first."
+            help="What `tune --train lora` added to this very model; repeat it to average the "
+            "weights of several, with the gates of the first."
         ),
     ] = None,
     force: Force = False,
@@ -80,5 +80,5 @@ def convert(
         trust_remote_code=trust_remote_code,
     )
     set_current(folder)
-    following = "tune --sparsity 0.8" if not adapter else "eval"
+    following = "eval" if adapter else "tune --sparsity 0.8"
     say(f"wrote {folder}, now the current model; next: ctxprune {following}")

@@ -180,8 +180,10 @@ class Work:
         """The adapters that earlier steps wrote, or files of the user's."""
         from ctxprune.pruner.adapter import FILE
 
-        made = {name: self._made(name) for name in _named(step, "adapter")}
-        return [Path(name) if folder is None else folder / FILE for name, folder in made.items()]
+        return [
+            made / FILE if (made := self._made(name)) else Path(name)
+            for name in _named(step, "adapter")
+        ]
 
     def _convert(self, step: Step) -> None:
         from ctxprune.pruner.convert import convert

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, tiny_model
+from test_budget import rows_at
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctxprune.pruner import policies
 from ctxprune.pruner import soft as soft_module
-from ctxprune.pruner.budget import Budget
 from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.checkpoint import load
 from ctxprune.pruner.config import PruneConfig
@@ -161,11 +161,6 @@ def contribution_by_hand(
     return attention * value[:, held].norm(dim=-1).mean(dim=0)
 
 
-def rows_after(budget: Budget, layer: int, seen: int) -> int:
-    """Rows of a single sequence that stay after so many tokens."""
-    return int(budget.after(layer, torch.tensor([[seen]])))
-
-
 def ranked_by_hand(
     margins: Tensor,
     contribution: Callable[[int, list[int]], Tensor],
@@ -218,7 +213,7 @@ def test_eviction_is_the_ranking_written_out(family: str, bonus: float) -> None:
     for sequence, margins in enumerate(soft.scores[0]):
         contribution = partial(contribution_by_hand, *(t[sequence] for t in soft.first))
         expected = ranked_by_hand(
-            margins, contribution, bonus, partial(rows_after, budget, 0), int(budget.period(0)), 2
+            margins, contribution, bonus, partial(rows_at, budget, 0), int(budget.period(0)), 2
         )
         assert torch.equal(cache.expires[0][sequence], expected)
 
@@ -486,7 +481,7 @@ def test_a_layer_of_more_rows_evicts_less_often(family: str) -> None:
     assert handle.policy is not None and handle.policy.budget is not None
     budget = handle.policy.budget
     periods = [of_one for (of_one,) in budget.periods]
-    rows = [rows_after(budget, layer, LENGTH) for layer in range(3)]
+    rows = [rows_at(budget, layer, LENGTH) for layer in range(3)]
     most, *_, fewest = sorted(range(3), key=rows.__getitem__, reverse=True)
     assert periods[most] > periods[fewest]
     ids = random_ids(2, LENGTH)
