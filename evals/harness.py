@@ -39,8 +39,9 @@ class PrunedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 
     Each request is scored in one pass through the evicting engine. HFLM pads a batch on the right
     and passes no mask; a pruned model has to be told which tokens are padding, or they would
-    count as tokens seen and kept. A dense model is called exactly as HFLM calls it, so that its
-    scores are those of lm-eval's `hf` to the last digit.
+    count as tokens seen and kept. And logits of the prompts, a quarter of the time for a small
+    model, are left out, since HFLM throws them away. A dense model is called exactly as HFLM calls
+    it, so that its scores are those of lm-eval's `hf` to the last digit.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class PrunedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._dense = dense
-        self._inputs: set[tuple[int, ...]] = set()
+        self._answers: dict[tuple[int, ...], int] = {}
 
     def _loglikelihood_tokens(
         self,
@@ -61,36 +62,46 @@ class PrunedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         *args: Any,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Remember the inputs before HFLM pads them: their lengths do not reach `_model_call`."""
-        self._inputs = {
-            tuple((context + continuation)[-(self.max_length + 1) : -1])
-            for _, context, continuation in requests
-        }
+        """Note for each input, which HFLM will pad, the tokens of its longest continuation."""
+        self._answers = {}
+        for _, context, continuation in requests:
+            read = tuple((context + continuation)[-(self.max_length + 1) : -1])
+            self._answers[read] = max(len(continuation), self._answers.get(read, 0))
         scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
         return scores
 
     def _model_call(
         self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Logits (batch, length, vocabulary) for right-padded ids (batch, length)."""
+        """Logits for right-padded ids (batch, length): of every position for a dense model.
+
+        A pruned one has those from the first continuation of the batch on: HFLM counts from the
+        end, (batch, at most length, vocabulary).
+        """
         if self._dense:
             dense: Tensor = super()._model_call(inps, attn_mask, labels)
             return dense
-        lengths = torch.tensor([self._true_length(row) for row in inps.tolist()])
-        mask = torch.arange(inps.shape[1]) < lengths[:, None]
+        reads = [self._unpadded(row) for row in inps.tolist()]
+        lengths = [len(read) for read in reads]
+        mask = torch.arange(inps.shape[1]) < torch.tensor(lengths)[:, None]
+        first = min(len(read) - self._answers[read] for read in reads)
         # Each request has the sparsity that is asked for.
-        with torch.inference_mode(), handle_of(self.model).fitted(lengths.tolist()):
-            logits: Tensor = self.model(inps, attention_mask=mask.long().to(inps.device)).logits
+        with torch.inference_mode(), handle_of(self.model).fitted(lengths):
+            logits: Tensor = self.model(
+                inps,
+                attention_mask=mask.long().to(inps.device),
+                logits_to_keep=inps.shape[1] - first,
+            ).logits
         return logits
 
-    def _true_length(self, row: list[int]) -> int:
-        """Tokens of a padded row that belong to its request.
+    def _unpadded(self, row: list[int]) -> tuple[int, ...]:
+        """The input that a padded row was.
 
         The padding is token 0, which may also end a text, so the longest known input wins: a real
         token is never taken for padding.
         """
-        candidates = range(len(row), 0, -1)
-        return next(n for n in candidates if tuple(row[:n]) in self._inputs)
+        candidates = (tuple(row[:n]) for n in range(len(row), 0, -1))
+        return next(read for read in candidates if read in self._answers)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import STORY, write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
@@ -82,6 +83,25 @@ def test_pruned_scores_do_not_depend_on_the_batch(tiny_folder: Callable[[str], P
     model.ctxprune.use("sink", 0.0)
     dense = PrunedLM(model, tokenizer, dense=True).loglikelihood(requests)
     assert abs(dense[2][0] - alone[2][0]) > 1e-4  # it did evict
+
+
+def test_logits_of_the_prompts_alone_are_left_out(tiny_folder: Callable[[str], Path]) -> None:
+    folder = tiny_folder("llama")
+    model = load(folder, policy="sink", sparsity=0.5)
+    shapes = []
+    model.register_forward_hook(lambda _, args, output: shapes.append(output.logits.shape[:2]))
+    lm = PrunedLM(model, load_tokenizer(folder), batch_size=3)
+    texts = [(range(5, 45), [7, 8]), (range(9, 40), [3]), (range(4, 38), [1, 2, 3, 4])]
+    requests = [(("", str(n)), list(read), answer) for n, (read, answer) in enumerate(texts)]
+    scores = lm._loglikelihood_tokens(requests)
+    # 41, 31 and 37 tokens are read; the first answer, the second text's, is predicted from 30 on
+    assert shapes == [(3, 41 - 30)]
+    for (found, _), (_, read, answer) in zip(scores, requests, strict=True):
+        ids = torch.tensor([read + answer])
+        with torch.inference_mode(), model.ctxprune.fitted([ids.shape[1] - 1]):
+            logits = model(ids[:, :-1]).logits[0, -len(answer) :]
+        chosen = logits.log_softmax(-1).gather(1, ids[0, -len(answer) :, None])
+        assert found == pytest.approx(float(chosen.sum()), abs=1e-4)
 
 
 def test_a_text_that_ends_in_token_0_is_not_taken_for_padding(
