@@ -51,7 +51,7 @@ class EvalConfig(FromMapping):
             cannot serve are left out.
         limit: documents a task, prompts a length and depth of `retrieval`; None: all of lm-eval's,
             and `retrieval.PER_CELL`, `last_word.LIMIT`.
-        batch_size: windows or requests a forward pass; our own tasks take one text a pass.
+        batch_size: windows, requests or passages a forward pass; `retrieval` takes one text a pass.
         seed: of lm-eval's generators, and of the choice of texts of our own tasks.
         data_dir: folder of `<task>.jsonl`, the tasks' documents; None: from the hub.
         dtype, device: of the model.
@@ -227,7 +227,9 @@ def _own_tasks(
         passages = last_word.passages(
             tokenizer, texts, limit=config.limit, longest=longest, seed=config.seed
         )
-        runs[last_word.NAME] = partial(last_word.score, model, passages)
+        runs[last_word.NAME] = partial(
+            last_word.score, model, passages, batch_size=config.batch_size
+        )
     return runs
 
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets.exceptions import DatasetGenerationError
 from lm_eval import simple_evaluate
 from lm_eval.api.metrics import mean_stderr
@@ -27,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.accuracy import refuse_dense
+from ctxprune.evals.batch import last_logits
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError, choose
 
@@ -82,17 +82,9 @@ class PrunedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             dense: Tensor = super()._model_call(inps, attn_mask, labels)
             return dense
         reads = [self._unpadded(row) for row in inps.tolist()]
-        lengths = [len(read) for read in reads]
-        mask = torch.arange(inps.shape[1]) < torch.tensor(lengths)[:, None]
-        first = min(len(read) - self._answers[read] for read in reads)
-        # Each request has the sparsity that is asked for.
-        with torch.inference_mode(), handle_of(self.model).fitted(lengths):
-            logits: Tensor = self.model(
-                inps,
-                attention_mask=mask.long().to(inps.device),
-                logits_to_keep=inps.shape[1] - first,
-            ).logits
-        return logits
+        return last_logits(
+            self.model, reads, min(len(read) - self._answers[read] for read in reads)
+        )
 
     def _unpadded(self, row: list[int]) -> tuple[int, ...]:
         """The input that a padded row was.

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.accuracy import accuracy
+from ctxprune.evals.batch import last_logits
 from ctxprune.pruner.data import encode
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError
@@ -114,6 +115,7 @@ def score(
     policy: str = "gate",
     sparsity: float = 0.0,
     max_rows: int | None = None,
+    batch_size: int = 1,
 ) -> dict[str, float]:
     """Have the words predicted at one level, with tokens really evicted.
 
@@ -123,6 +125,7 @@ def score(
         policy: name of the eviction policy.
         sparsity: the level asked for.
         max_rows: cap on the rows of a sequence in a layer, as for `Handle.use`.
+        batch_size: passages a forward pass, of about the same length.
 
     Returns:
         What `accuracy` gives, right being that the likeliest tokens are the word's, and
@@ -132,14 +135,20 @@ def score(
         CtxpruneError: if the level asks for pruning and not one token was evicted.
     """
     handle = handle_of(model)
+    handle.use(policy, sparsity, max_rows=max_rows)
+    by_length = sorted(questions, key=lambda passage: len(passage.ids))
     hits, loss = [], 0.0
-    with torch.inference_mode(), handle.measure() as usage:
-        for passage in questions:
-            ids = torch.tensor(passage.ids, device=model.device)
-            read, word = ids[None, :-1], ids[-passage.answer :]
-            handle.use(policy, sparsity, context=read.shape[1], max_rows=max_rows)
-            logits = model(read, use_cache=False, logits_to_keep=passage.answer).logits[0].float()
-            hits.append(torch.equal(logits.argmax(dim=-1), word))
-            loss += cross_entropy(logits, word, reduction="sum").item()
+    with handle.measure() as usage:
+        for start in range(0, len(by_length), batch_size):
+            asked = by_length[start : start + batch_size]
+            reads = [passage.ids[:-1] for passage in asked]
+            words = [passage.ids[-passage.answer :] for passage in asked]
+            first = min(len(read) - len(word) for read, word in zip(reads, words, strict=True))
+            batch = last_logits(model, reads, first).float().cpu()
+            for logits, read, word in zip(batch, reads, words, strict=True):
+                end = len(read) - first
+                predicted, said = logits[end - len(word) : end], torch.tensor(word)
+                hits.append(torch.equal(predicted.argmax(dim=-1), said))
+                loss += cross_entropy(predicted, said, reduction="sum").item()
     perplexity = math.exp(loss / len(hits))
     return {**accuracy(NAME, hits, usage, sparsity), "perplexity": perplexity}
