@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -34,9 +36,11 @@ def run(
     check(plan)
     if fresh:
         work.forget(plan)
-    for number, step in enumerate(plan.steps, start=1):
-        say(f"[{number}/{len(plan.steps)}] {step.name}")
-        work.do(step)
+    # Where stdout is for the JSON, the tables and texts of the steps go to stderr.
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        for number, step in enumerate(plan.steps, start=1):
+            say(f"[{number}/{len(plan.steps)}] {step.name}")
+            work.do(step)
     if as_json:
         data(work.results)
     missed = 0

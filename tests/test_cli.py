@@ -163,11 +163,14 @@ steps:
     convert: {{source: "{dense_folder("llama")}"}}
   - name: measured
     eval: {{model: converted, text: "{text_file}", context: 128, tokens: 1024, sparsity: [0]}}
+  - report: {{of: measured}}
 expect:
   - measured 0 perplexity <= 1.0
 """
     )
     done = ctxprune("run", str(recipe), cwd=tmp_path, code=1)
     assert "MISSED measured 0 perplexity <= 1.0" in done.stderr
-    again = ctxprune("run", str(recipe), cwd=tmp_path, code=1)
+    again = ctxprune("run", str(recipe), "--json", cwd=tmp_path, code=1)
     assert again.stderr.count("already done") == 2
+    assert "Perplexity at context 128" in done.stdout and "Perplexity" in again.stderr
+    assert json.loads(again.stdout)["measured"]["levels"][0]["tokens"] == 1016
