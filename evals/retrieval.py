@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.accuracy import accuracy
+from ctxprune.evals.batch import last_logits
 from ctxprune.pruner.data import encode
 from ctxprune.pruner.engine import handle_of
 from ctxprune.pruner.errors import CtxpruneError
@@ -172,12 +172,11 @@ def score(
     """
     handle = handle_of(model)
     cells: dict[tuple[int, float], list[bool]] = {}
-    with torch.inference_mode(), handle.measure() as usage:
+    handle.use(policy, sparsity, max_rows=max_rows)
+    with handle.measure() as usage:
         for prompt in questions:
             length = len(prompt.ids)
-            handle.use(policy, sparsity, context=length, max_rows=max_rows)
-            ids = torch.tensor([prompt.ids], device=model.device)
-            logits = model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+            logits = last_logits(model, [prompt.ids], length - 1)[0, -1]
             best = prompt.choices[int(logits[list(prompt.choices)].argmax())]
             cells.setdefault((length, prompt.depth), []).append(best == prompt.answer)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -162,15 +163,22 @@ def test_the_policy_is_told_the_length_of_the_prompt(
 ) -> None:
     model = remembering_model([5], len(words))
     made = prompts(words, [PLAIN], lengths=(128, 256), per_cell=1)
-    asked, use = [], Handle.use
+    chosen, lengths = [], []
+    use, fitted = Handle.use, Handle.fitted
 
-    def noting(self: Handle, *args: Any, **kwargs: Any) -> None:
-        asked.append((args, kwargs))
+    def choosing(self: Handle, *args: Any, **kwargs: Any) -> None:
+        chosen.append((args, kwargs))
         use(self, *args, **kwargs)
 
-    monkeypatch.setattr(Handle, "use", noting)
+    def fitting(self: Handle, context: list[int]) -> AbstractContextManager[None]:
+        lengths.append(context)
+        return fitted(self, context)
+
+    monkeypatch.setattr(Handle, "use", choosing)
+    monkeypatch.setattr(Handle, "fitted", fitting)
     capped = score(model, made, policy="sink", sparsity=0.3, max_rows=64)
-    assert asked == [(("sink", 0.3), {"context": len(p.ids), "max_rows": 64}) for p in made]
+    assert chosen == [(("sink", 0.3), {"max_rows": 64})]
+    assert lengths == [[len(p.ids)] for p in made]
     assert capped["capped"] > 0.0
 
 
