@@ -19,22 +19,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ctxprune.pruner import policies
-from ctxprune.pruner.data import spread
+from ctxprune.pruner.divergence import divergences, held_out
 from ctxprune.pruner.engine import handle_of
-from ctxprune.pruner.objective import distillation_loss
 
 POWERS = (1.0, 1.5, 2.0)
 # The share of the least divergence on running text that recalling more may cost.
 CONCESSION = 0.1
-# Held-out tokens that a power is picked on, read once for every level and power; and those a pass.
-TOKENS = 4096
-PASS = 1024
 # Passages at the end of a window.
 PASSAGES = 4
 
 
-@torch.no_grad()
 def divide(
     model: PreTrainedModel,
     windows: Tensor,
@@ -52,36 +46,29 @@ def divide(
         dense model (`objective.distillation_loss`) on running text is at most `CONCESSION` above
         the least, and that on passages which the text repeats (`recalled`) is least.
     """
-    handle = handle_of(model)
-    context = windows.shape[1]
-    candidates = {
-        (level, power): to_power(kept, power) for level, kept in shares.items() for power in POWERS
-    }
-    running, asked = dict.fromkeys(candidates, 0.0), dict.fromkeys(candidates, 0.0)
-    chosen = recalled(spread(windows, max(1, TOKENS // context)))
+    config, context = handle_of(model).config, windows.shape[1]
+    keys = [(level, power) for level in shares for power in POWERS]
+    divided = {(level, power): to_power(shares[level], power) for level, power in keys}
+    ways = [
+        (key[0], replace(config, context=context, levels={key[0]: divided[key]})) for key in keys
+    ]
     first = _running(context)
-    done = 0
-    for batch in chosen.split(max(1, PASS // context)):
-        if on_phase is not None:
-            on_phase(f"dividing the rows among the layers, {done / len(chosen):.0%}")
-        done += len(batch)
-        ids = batch.to(model.device)
-        with handle.trying(None):
-            dense = model(ids, use_cache=False).logits
-        for key, kept in candidates.items():
-            config = replace(handle.config, context=context, levels={key[0]: kept})
-            request = policies.Request(key[0], (context,), config, handle.gate_list)
-            with handle.trying(policies.make("gate", request)):
-                pruned = model(ids, use_cache=False).logits
-            for part, sums in ((slice(first), running), (slice(first - 1, None), asked)):
-                sums[key] += len(batch) * float(distillation_loss(pruned[:, part], dense[:, part]))
+    found = divergences(
+        model,
+        recalled(held_out(windows)),
+        ways,
+        parts=(slice(first), slice(first - 1, None)),
+        doing="dividing the rows among the layers",
+        on_phase=on_phase,
+    )
+    running, asked = (dict(zip(keys, part, strict=True)) for part in found.T.tolist())
     best = {}
     for level in shares:
         least = min(running[level, power] for power in POWERS)
         most = least + CONCESSION * abs(least)
         allowed = [power for power in POWERS if running[level, power] <= most]
         best[level] = min(allowed, key=lambda power: asked[level, power])
-    return {level: candidates[level, power] for level, power in best.items()}
+    return {level: divided[level, power] for level, power in best.items()}
 
 
 def recalled(windows: Tensor) -> Tensor:

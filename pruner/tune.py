@@ -51,6 +51,7 @@ from ctxprune.pruner.objective import (
     sparsity_penalty,
 )
 from ctxprune.pruner.soft import SoftAttention
+from ctxprune.pruner.weighing import weigh
 
 # Held-out tokens that the levels are calibrated on.
 CALIBRATION_TOKENS = 8192
@@ -382,6 +383,8 @@ def _finish(
             tuned=config.sparsity,
             context=config.context,
         )
+        bonus = weigh(model, valid, prune, on_phase)
+        prune = dataclasses.replace(prune, attention_bonus=bonus)
     on_phase(f"writing {out}")
     provenance = checkpoint.read_settings(run.source).get("provenance", {})
     earlier = [*provenance.get("earlier", []), provenance["tune"]] if "tune" in provenance else []

@@ -79,9 +79,9 @@ def test_running_text_allows_a_power_and_recall_picks_it(
             each = torch.zeros(CONTEXT - 1)
             for window in recalled(windows):
                 handle.use("gate", 0.0)
-                dense = _log_probabilities(handle, window)
+                dense = log_probabilities(handle, window)
                 handle.use("gate", level)
-                pruned = _log_probabilities(handle, window)
+                pruned = log_probabilities(handle, window)
                 each += (dense.exp() * (dense - pruned)).sum(-1)
             # Entry k is of token k + 1.
             running[raised] = float(each[: end - 1].sum())
@@ -94,7 +94,7 @@ def test_running_text_allows_a_power_and_recall_picks_it(
         assert better or concession > 0, "where nothing is held back, the test says nothing"
 
 
-def _log_probabilities(handle: Handle, window: torch.Tensor) -> torch.Tensor:
+def log_probabilities(handle: Handle, window: torch.Tensor) -> torch.Tensor:
     """(n - 1, vocabulary), of every token but the first."""
     with torch.no_grad():
         logits = handle.model(window[None], use_cache=False).logits[0, :-1]
