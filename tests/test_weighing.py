@@ -60,7 +60,7 @@ def test_tuning_stores_the_weight_that_was_picked(
 ) -> None:
     monkeypatch.setattr("ctxprune.pruner.weighing.MULTIPLES", (3.0,))
     source, made = tmp_path / "m", tmp_path / "tuned"
-    convert(str(dense_folder("gpt2")), source)
+    convert(str(dense_folder("gpt2")), source, {})
     options = TuneConfig(data=str(text_file), steps=1, context=64, train="lora")
     phases: list[str] = []
     tune(source, made, options, on_phase=phases.append)
