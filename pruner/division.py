@@ -47,10 +47,12 @@ def divide(
         the least, and that on passages which the text repeats (`recalled`) is least.
     """
     config, context = handle_of(model).config, windows.shape[1]
-    keys = [(level, power) for level in shares for power in POWERS]
-    divided = {(level, power): to_power(shares[level], power) for level, power in keys}
+    divided = {
+        (level, power): to_power(kept, power) for level, kept in shares.items() for power in POWERS
+    }
     ways = [
-        (key[0], replace(config, context=context, levels={key[0]: divided[key]})) for key in keys
+        (level, replace(config, context=context, levels={level: kept}))
+        for (level, _), kept in divided.items()
     ]
     first = _running(context)
     found = divergences(
@@ -61,7 +63,7 @@ def divide(
         doing="dividing the rows among the layers",
         on_phase=on_phase,
     )
-    running, asked = (dict(zip(keys, part, strict=True)) for part in found.T.tolist())
+    running, asked = (dict(zip(divided, part, strict=True)) for part in found.T.tolist())
     best = {}
     for level in shares:
         least = min(running[level, power] for power in POWERS)

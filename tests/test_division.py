@@ -76,13 +76,7 @@ def test_running_text_allows_a_power_and_recall_picks_it(
         for power in POWERS:
             raised = to_power(shares, power)
             handle.config = replace(before, context=CONTEXT, levels={level: raised})
-            each = torch.zeros(CONTEXT - 1)
-            for window in recalled(windows):
-                handle.use("gate", 0.0)
-                dense = log_probabilities(handle, window)
-                handle.use("gate", level)
-                pruned = log_probabilities(handle, window)
-                each += (dense.exp() * (dense - pruned)).sum(-1)
+            each = divergence(handle, recalled(windows), level)
             # Entry k is of token k + 1.
             running[raised] = float(each[: end - 1].sum())
             asked[raised] = float(each[end - 1 :].sum())
@@ -94,7 +88,19 @@ def test_running_text_allows_a_power_and_recall_picks_it(
         assert better or concession > 0, "where nothing is held back, the test says nothing"
 
 
-def log_probabilities(handle: Handle, window: torch.Tensor) -> torch.Tensor:
+def divergence(handle: Handle, windows: torch.Tensor, level: float) -> torch.Tensor:
+    """(n - 1,), from the dense model, of every token but the first: the sum over the windows."""
+    each = torch.zeros(windows.shape[1] - 1)
+    for window in windows:
+        handle.use("gate", 0.0)
+        dense = _log_probabilities(handle, window)
+        handle.use("gate", level)
+        pruned = _log_probabilities(handle, window)
+        each += (dense.exp() * (dense - pruned)).sum(-1)
+    return each
+
+
+def _log_probabilities(handle: Handle, window: torch.Tensor) -> torch.Tensor:
     """(n - 1, vocabulary), of every token but the first."""
     with torch.no_grad():
         logits = handle.model(window[None], use_cache=False).logits[0, :-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES
-from test_division import log_probabilities, scattered_handle
+from test_division import divergence, scattered_handle
 
 from ctxprune.pruner import adapter
 from ctxprune.pruner.checkpoint import read_config
@@ -33,13 +33,7 @@ def test_the_multiple_that_diverges_least_is_taken(family: str) -> None:
         loss = {}
         for multiple in MULTIPLES:
             handle.config = replace(before, attention_bonus=multiple * bonus)
-            loss[multiple * bonus] = 0.0
-            for window in WINDOWS:
-                handle.use("gate", 0.0)
-                dense = log_probabilities(handle, window)
-                handle.use("gate", 0.5)
-                pruned = log_probabilities(handle, window)
-                loss[multiple * bonus] += float((dense.exp() * (dense - pruned)).sum())
+            loss[multiple * bonus] = float(divergence(handle, WINDOWS, 0.5).sum())
         handle.use("gate", 0.0)
         assert found == min(loss, key=loss.__getitem__)
         taken.add(found / bonus)
