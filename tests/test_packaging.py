@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-import tomllib
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
+from setuptools import find_packages
+
+import ctxprune
+from ctxprune.pruner import load
+
 ROOT = Path(__file__).parent.parent
+TOPS = ("cli", "evals", "pruner", "recipes")
 
 
-def test_every_package_is_listed() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+def test_every_package_is_found() -> None:
+    found = set(find_packages(str(ROOT / ".package")))
     on_disk = {
         "ctxprune." + ".".join(init.parent.relative_to(ROOT).parts)
-        for top in ("cli", "evals", "pruner", "recipes")
+        for top in TOPS
         for init in (ROOT / top).rglob("__init__.py")
     }
-    assert set(listed) == on_disk
+    assert found == on_disk | {"ctxprune"}
+
+
+def test_the_package_says_what_it_is() -> None:
+    assert ctxprune.__version__ == version("ctxprune")
+    assert ctxprune.load is load
+    done = subprocess.run(
+        [sys.executable, "-m", "ctxprune", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "convert" in done.stdout
 
 
 def test_the_embedded_checkpoint_is_small_and_whole() -> None:
@@ -26,6 +43,6 @@ def test_the_embedded_checkpoint_is_small_and_whole() -> None:
 
 
 def test_each_top_level_package_is_typed() -> None:
-    for top in ("cli", "evals", "pruner", "recipes"):
+    for top in TOPS:
         assert (ROOT / top / "py.typed").is_file()
-        assert (ROOT / ".typecheck" / "ctxprune" / top).resolve() == ROOT / top
+        assert (ROOT / ".package" / "ctxprune" / top).resolve() == ROOT / top
