@@ -105,9 +105,9 @@ def bench(
         device=device,
         seed=seed,
     )
-    from ctxprune.evals.speed import BenchConfig
-    from ctxprune.evals.speed import bench as run
-    from ctxprune.evals.speed_report import plot, rich_table
+    from ctxprune.evals.speed.bench import BenchConfig
+    from ctxprune.evals.speed.bench import bench as run
+    from ctxprune.evals.speed.speed_report import plot, rich_table
 
     config = BenchConfig.from_mapping(options, "the options")
     folder = None if architecture is not None else current(model)
@@ -125,9 +125,9 @@ def bench(
 
 def _training(folder: Path, options: dict[str, Any], json_file: Path | None) -> None:
     """Measure steps of tuning, and print a table."""
-    from ctxprune.evals.tables import terminal_table
-    from ctxprune.evals.training_cost import TrainingCostConfig, training_cost
-    from ctxprune.evals.training_report import table
+    from ctxprune.evals.report.tables import terminal_table
+    from ctxprune.evals.speed.training_cost import TrainingCostConfig, training_cost
+    from ctxprune.evals.speed.training_report import table
 
     config = TrainingCostConfig.from_mapping(options, "the options")
     results = training_cost(folder, config, on_event=say)

@@ -62,7 +62,7 @@ def convert(
 
     With an adapter it is tuned already; the bonus and the cap can still be changed.
     """
-    from ctxprune.pruner import convert as conversion
+    from ctxprune.pruner.checkpoints import convert as conversion
 
     settings = given(
         rank=rank,

@@ -87,9 +87,9 @@ def evaluate(
         dtype=dtype,
         seed=seed,
     )
-    from ctxprune.evals.evaluate import EvalConfig
-    from ctxprune.evals.evaluate import evaluate as run
-    from ctxprune.evals.report import rich_retrieval, rich_table
+    from ctxprune.evals.quality.evaluate import EvalConfig
+    from ctxprune.evals.quality.evaluate import evaluate as run
+    from ctxprune.evals.report.report import rich_retrieval, rich_table
 
     config = EvalConfig.from_mapping(options, "the options")
     state = Path(".ctxprune") / "eval-state.json"

@@ -35,12 +35,12 @@ def export(
     """Write a self-contained folder: weights, gates, calibration, tokenizer, model card."""
     merged = read(results) if results else None
     folder = current(model)
-    from ctxprune.pruner import export as exporting
+    from ctxprune.pruner.checkpoints import export as exporting
 
     alone = merged.alone if merged else None
     measured = ""
     if merged and alone is None:
-        from ctxprune.evals.report_page import markdown
+        from ctxprune.evals.report.report_page import markdown
 
         measured = markdown(merged, level=0, provenance=False)
     exporting.export(folder, out, force=force, results=alone, measured=measured)

@@ -88,7 +88,7 @@ def write(
     folder: Path, config: GenerateConfig, *, show: bool = False, as_json: bool = False
 ) -> None:
     """Write texts to stdout, and say on stderr what the cache holds after it."""
-    from ctxprune.pruner.checkpoint import load, load_tokenizer
+    from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
     from ctxprune.pruner.generation import generate as run
 
     single = len(config.prompt) == config.num_beams == config.num_return_sequences == 1

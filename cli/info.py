@@ -24,7 +24,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a folder holds: base, gates, calibration, provenance."""
-    from ctxprune.pruner import checkpoint
+    from ctxprune.pruner.checkpoints import checkpoint
 
     about = checkpoint.describe(folder)
     if as_json:

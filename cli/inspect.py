@@ -71,9 +71,9 @@ def inspect(
     for path in (out, json_file):
         if path is not None:
             check_writable(path)
-    from ctxprune.evals.inspection import InspectConfig, Subject, page_data, rich_kinds
-    from ctxprune.evals.inspection import inspect as run
-    from ctxprune.evals.kinds import missing
+    from ctxprune.evals.inspect.inspection import InspectConfig, Subject, page_data, rich_kinds
+    from ctxprune.evals.inspect.inspection import inspect as run
+    from ctxprune.evals.inspect.kinds import missing
 
     subjects = [Subject.parse(each) for each in compare or ()]
     config = InspectConfig(
@@ -87,7 +87,7 @@ def inspect(
         say(note)
     data = page_data(views, f"What {views[0].trace.model} remembers")
     if out is not None:
-        from ctxprune.evals.page import render
+        from ctxprune.evals.inspect.page import render
 
         write_text(out, render(data))
         say(f"wrote {out}")
@@ -95,7 +95,7 @@ def inspect(
         write_text(json_file, json.dumps(data) + "\n")
         say(f"wrote {json_file}")
     if png is not None:
-        from ctxprune.evals.figures import draw
+        from ctxprune.evals.inspect.figures import draw
 
         say(f"wrote {', '.join(map(str, draw(views, png)))}")
     if save is not None:

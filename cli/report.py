@@ -13,7 +13,7 @@ from ctxprune.cli.console import check_writable, say, write_text
 from ctxprune.pruner.errors import CtxpruneError
 
 if TYPE_CHECKING:
-    from ctxprune.evals.merged import Merged
+    from ctxprune.evals.report.merged import Merged
 
 EXAMPLES = """
 Examples:
@@ -42,7 +42,7 @@ def report(
         raise CtxpruneError(f"`{out}` ends in neither .html nor .md", "a page is one of these")
     check_writable(out)
     merged = read(results or [])
-    from ctxprune.evals import report_page
+    from ctxprune.evals.report import report_page
 
     page = report_page.html if out.suffix.lower() == ".html" else report_page.markdown
     write_text(out, page(merged))
@@ -55,7 +55,7 @@ def read(paths: Sequence[Path]) -> Merged:
     Raises:
         CtxpruneError: there are none, or one is no JSON or holds no results.
     """
-    from ctxprune.evals.merged import merge
+    from ctxprune.evals.report.merged import merge
 
     if not paths:
         raise CtxpruneError(

@@ -124,7 +124,7 @@ def tune(
     )
     folder = current(model)
     target = out or folder.with_name(f"{folder.name}-tuned")
-    from ctxprune.pruner import tune as tuning
+    from ctxprune.pruner.training import tune as tuning
 
     with tuning_progress() as (on_step, on_phase):
         tuning.tune(

@@ -45,7 +45,7 @@ def check(plan: Recipe) -> None:
     Raises:
         CtxpruneError: naming the step.
     """
-    from ctxprune.evals.evaluate import EvalConfig
+    from ctxprune.evals.quality.evaluate import EvalConfig
     from ctxprune.pruner.config import FromMapping, GenerateConfig, PruneConfig, TuneConfig
 
     configs: dict[str, type[FromMapping]] = {
@@ -178,7 +178,7 @@ class Work:
 
     def _adapters(self, step: Step) -> list[Path]:
         """The adapters that earlier steps wrote, or files of the user's."""
-        from ctxprune.pruner.adapter import FILE
+        from ctxprune.pruner.checkpoints.adapter import FILE
 
         return [
             made / FILE if (made := self._made(name)) else Path(name)
@@ -186,7 +186,7 @@ class Work:
         ]
 
     def _convert(self, step: Step) -> None:
-        from ctxprune.pruner.convert import convert
+        from ctxprune.pruner.checkpoints.convert import convert
 
         convert(
             step.options.get("source"),
@@ -199,7 +199,7 @@ class Work:
 
     def _tune(self, step: Step) -> None:
         from ctxprune.pruner.config import TuneConfig
-        from ctxprune.pruner.tune import STATE, tune
+        from ctxprune.pruner.training.tune import STATE, tune
 
         with tuning_progress() as (on_step, on_phase):
             tune(
@@ -213,7 +213,7 @@ class Work:
             )
 
     def _export(self, step: Step) -> None:
-        from ctxprune.pruner.export import export
+        from ctxprune.pruner.checkpoints.export import export
 
         results = self.results.get(str(step.options.get("results")))
         export(self._model(step), self.out / step.name, force=True, results=results)
@@ -224,7 +224,7 @@ class Work:
         write(self._model(step), GenerateConfig.from_mapping(_fields(step), f"step `{step.name}`"))
 
     def _eval(self, step: Step) -> None:
-        from ctxprune.evals.evaluate import EvalConfig, evaluate
+        from ctxprune.evals.quality.evaluate import EvalConfig, evaluate
 
         results = evaluate(
             self._model(step),
@@ -236,7 +236,7 @@ class Work:
         write_text(self.out / f"{step.name}.json", json.dumps(results, indent=2) + "\n")
 
     def _report(self, step: Step) -> None:
-        from ctxprune.evals.report import markdown, plot, rich_retrieval, rich_table
+        from ctxprune.evals.report.report import markdown, plot, rich_retrieval, rich_table
 
         chosen = [self.results[name] for name in _results_used(step)]
         write_text(self.out / f"{step.name}.json", json.dumps(chosen, indent=2) + "\n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ctxprune.pruner.checkpoint import load
+    from ctxprune.pruner.checkpoints.checkpoint import load
 
 __all__ = ["load"]
 
@@ -16,7 +16,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     # Late, so that the command line can name errors and options without importing torch.
     if name == "load":
-        from ctxprune.pruner import checkpoint
+        from ctxprune.pruner.checkpoints import checkpoint
 
         return checkpoint.load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from ctxprune.pruner.cache import PrunedCache
 from ctxprune.pruner.config import GenerateConfig
-from ctxprune.pruner.dense import DenseCache
-from ctxprune.pruner.engine import handle_of
+from ctxprune.pruner.engine.cache import PrunedCache
+from ctxprune.pruner.engine.dense import DenseCache
+from ctxprune.pruner.engine.handle import handle_of
 
 OnMemory = Callable[[list[str], list[float]], None]
 

@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ctxprune.pruner.checkpoints.convert import convert
 from ctxprune.pruner.config import PruneConfig
-from ctxprune.pruner.convert import convert
-from ctxprune.pruner.engine import attach, new_gates
+from ctxprune.pruner.engine.handle import attach, new_gates
 
 FAMILIES = ("gpt2", "llama")
 VOCABULARY = 300

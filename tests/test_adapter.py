@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_tune import run_config, weights_of
 
-from ctxprune.pruner import adapter
-from ctxprune.pruner.checkpoint import GATES, SETTINGS, load, read_config
-from ctxprune.pruner.convert import convert
-from ctxprune.pruner.engine import handle_of
+from ctxprune.pruner.checkpoints import adapter
+from ctxprune.pruner.checkpoints.checkpoint import GATES, SETTINGS, load, read_config
+from ctxprune.pruner.checkpoints.convert import convert
+from ctxprune.pruner.checkpoints.export import export
+from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
-from ctxprune.pruner.export import export
-from ctxprune.pruner.tune import tune
+from ctxprune.pruner.training.tune import tune
 
 Make = Callable[[str], Path]
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ctxprune.pruner import checkpoint
-from ctxprune.pruner.checkpoint import GATES, SETTINGS, load
-from ctxprune.pruner.convert import convert
-from ctxprune.pruner.engine import handle_of
+from ctxprune.pruner.checkpoints import checkpoint
+from ctxprune.pruner.checkpoints.checkpoint import GATES, SETTINGS, load
+from ctxprune.pruner.checkpoints.convert import convert
+from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 
 Make = Callable[[str], Path]

@@ -9,8 +9,8 @@ import torch
 from conftest import FAMILIES, tiny_model
 
 from ctxprune.pruner.config import PruneConfig
-from ctxprune.pruner.division import PASSAGES, POWERS, divide, recalled, to_power
-from ctxprune.pruner.engine import Handle, attach, new_gates
+from ctxprune.pruner.engine.handle import Handle, attach, new_gates
+from ctxprune.pruner.training.division import PASSAGES, POWERS, divide, recalled, to_power
 
 CONTEXT = 96
 SHARES = {0.5: (0.9, 0.4, 0.2), 0.8: (0.4, 0.15, 0.05)}
@@ -64,7 +64,7 @@ def test_what_is_asked_for_was_read_before(context: int) -> None:
 def test_running_text_allows_a_power_and_recall_picks_it(
     family: str, concession: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ctxprune.pruner.division.CONCESSION", concession)
+    monkeypatch.setattr("ctxprune.pruner.training.division.CONCESSION", concession)
     handle = scattered_handle(family)
     before = handle.config
     windows = torch.randint(2, 300, (3, CONTEXT), generator=torch.Generator().manual_seed(9))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctxprune.evals import evaluate as evaluate_module
-from ctxprune.evals import last_word, retrieval
-from ctxprune.evals.evaluate import EvalConfig, evaluate
-from ctxprune.evals.perplexity import perplexity
-from ctxprune.pruner.checkpoint import load, load_tokenizer
+from ctxprune.evals.quality import evaluate as evaluate_module
+from ctxprune.evals.quality import last_word, retrieval
+from ctxprune.evals.quality.evaluate import EvalConfig, evaluate
+from ctxprune.evals.quality.perplexity import perplexity
+from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.data import read_texts
 from ctxprune.pruner.errors import CtxpruneError
 
@@ -138,7 +138,7 @@ def test_a_level_without_eviction_is_refused(
     tiny_folder: Callable[[str], Path], config: EvalConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if the engine did not reach the model: every level would repeat the dense figure.
-    monkeypatch.setattr("ctxprune.pruner.engine.Handle.use", lambda *args, **kwargs: None)
+    monkeypatch.setattr("ctxprune.pruner.engine.handle.Handle.use", lambda *args, **kwargs: None)
     with pytest.raises(CtxpruneError, match="not one token was evicted at sparsity 0.5"):
         evaluate(tiny_folder("gpt2"), config)
 

@@ -9,11 +9,11 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from ctxprune.evals import figures
-from ctxprune.evals.figures import draw
-from ctxprune.evals.inspection import View
-from ctxprune.evals.kinds import kinds_of, survival_of, survival_over_age
-from ctxprune.evals.trace import Trace
+from ctxprune.evals.inspect import figures
+from ctxprune.evals.inspect.figures import draw
+from ctxprune.evals.inspect.inspection import View
+from ctxprune.evals.inspect.kinds import kinds_of, survival_of, survival_over_age
+from ctxprune.evals.inspect.trace import Trace
 from ctxprune.pruner.errors import CtxpruneError
 
 NAMES = ["life", "context", "survival", "kinds", "layers"]

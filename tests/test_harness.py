@@ -10,8 +10,8 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from ctxprune.evals.harness import PrunedLM, load_tasks, score, task_manager
-from ctxprune.pruner.checkpoint import load, load_tokenizer
+from ctxprune.evals.quality.harness import PrunedLM, load_tasks, score, task_manager
+from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.errors import CtxpruneError
 
 
@@ -127,7 +127,7 @@ def test_a_level_without_eviction_is_refused(
     folder = tiny_folder("gpt2")
     task = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
     # As if the engine did not reach the model: every level would repeat the dense scores.
-    monkeypatch.setattr("ctxprune.pruner.engine.Handle.use", lambda *args, **kwargs: None)
+    monkeypatch.setattr("ctxprune.pruner.engine.handle.Handle.use", lambda *args, **kwargs: None)
     with pytest.raises(CtxpruneError, match="not one token was evicted on `hellaswag`"):
         score(load(folder), load_tokenizer(folder), task, policy="sink", sparsity=0.5)
 

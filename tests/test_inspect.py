@@ -11,9 +11,9 @@ import pytest
 import torch
 from test_cli import ctxprune
 
-from ctxprune.evals.inspection import InspectConfig, Subject, inspect, page_data
-from ctxprune.evals.page import render
-from ctxprune.evals.trace import Trace
+from ctxprune.evals.inspect.inspection import InspectConfig, Subject, inspect, page_data
+from ctxprune.evals.inspect.page import render
+from ctxprune.evals.inspect.trace import Trace
 from ctxprune.pruner.errors import CtxpruneError
 
 HOSTILE = "<script>window.pwned = 1</script> & \U0001f600 \u05e9\u05dc\u05d5\u05dd " * 12

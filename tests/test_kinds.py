@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctxprune.evals import kinds
-from ctxprune.evals.kinds import (
+from ctxprune.evals.inspect import kinds
+from ctxprune.evals.inspect.kinds import (
     dropping_of,
     kept_over_context,
     kinds_of,
@@ -19,8 +19,8 @@ from ctxprune.evals.kinds import (
     survival_of,
     survival_over_age,
 )
-from ctxprune.evals.trace import pieces_of
-from ctxprune.pruner.checkpoint import load_tokenizer
+from ctxprune.evals.inspect.trace import pieces_of
+from ctxprune.pruner.checkpoints.checkpoint import load_tokenizer
 from ctxprune.pruner.data import read_texts
 
 

@@ -14,10 +14,10 @@ from conftest import remembering_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxprune.evals.last_word import Passage, passages, score
-from ctxprune.pruner.checkpoint import load, load_tokenizer
+from ctxprune.evals.quality.last_word import Passage, passages, score
+from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.data import read_texts
-from ctxprune.pruner.engine import Handle
+from ctxprune.pruner.engine.handle import Handle
 from ctxprune.pruner.errors import CtxpruneError
 
 

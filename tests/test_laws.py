@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctxprune.pruner import policies
-from ctxprune.pruner import soft as soft_module
-from ctxprune.pruner.cache import PrunedCache
-from ctxprune.pruner.checkpoint import load
+from ctxprune.pruner.checkpoints.checkpoint import load
+from ctxprune.pruner.checkpoints.convert import convert
+from ctxprune.pruner.checkpoints.export import export
 from ctxprune.pruner.config import PruneConfig
-from ctxprune.pruner.convert import convert
-from ctxprune.pruner.engine import Handle, attach, new_gates
-from ctxprune.pruner.export import export
+from ctxprune.pruner.engine import soft as soft_module
+from ctxprune.pruner.engine.cache import PrunedCache
+from ctxprune.pruner.engine.handle import Handle, attach, new_gates
+from ctxprune.pruner.engine.soft import SoftAttention
 from ctxprune.pruner.levels import Level, prior
-from ctxprune.pruner.soft import SoftAttention
 
 POLICIES = policies.names()
 DTYPES = {"float32": (torch.float32, 2e-4), "float64": (torch.float64, 1e-10)}

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file
 from test_soft import written_out
 
-from ctxprune.pruner.checkpoint import GATES, load
+from ctxprune.pruner.checkpoints.checkpoint import GATES, load
 from ctxprune.pruner.config import PruneConfig, TuneConfig
-from ctxprune.pruner.engine import Handle, handle_of
+from ctxprune.pruner.engine.handle import Handle, handle_of
 from ctxprune.pruner.errors import Interrupted
 from ctxprune.pruner.levels import Level, prior
-from ctxprune.pruner.local import LocalAttention
-from ctxprune.pruner.metrics import METRICS
-from ctxprune.pruner.objective import local_loss, sparsity_penalty
-from ctxprune.pruner.tune import tune
+from ctxprune.pruner.training.local import LocalAttention
+from ctxprune.pruner.training.metrics import METRICS
+from ctxprune.pruner.training.objective import local_loss, sparsity_penalty
+from ctxprune.pruner.training.tune import tune
 
 Make = Callable[[str], Path]
 

@@ -17,13 +17,13 @@ import pytest
 from test_cli import Make, ctxprune
 from test_report import result, with_retrieval
 
-from ctxprune.evals import speed_report
-from ctxprune.evals.breakdown import RANGES
-from ctxprune.evals.charts import perplexity_chart
-from ctxprune.evals.evaluate import OWN_TASKS
-from ctxprune.evals.merged import DENSE, OF_TEXT, merge, short_names
-from ctxprune.evals.report_page import html, markdown
-from ctxprune.evals.shapes import BREAKDOWN
+from ctxprune.evals.quality.evaluate import OWN_TASKS
+from ctxprune.evals.report.charts import perplexity_chart
+from ctxprune.evals.report.merged import DENSE, OF_TEXT, merge, short_names
+from ctxprune.evals.report.report_page import html, markdown
+from ctxprune.evals.report.shapes import BREAKDOWN
+from ctxprune.evals.speed import speed_report
+from ctxprune.evals.speed.breakdown import RANGES
 from ctxprune.pruner.errors import CtxpruneError
 
 Results = dict[str, Any]

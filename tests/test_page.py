@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Dialog, Locator, Page, Route, sync_playwright
 
-from ctxprune.evals.page import render
+from ctxprune.evals.inspect.page import render
 
 HOSTILE = [
     "<script>window.pwned = 1; alert(1)</script>",

@@ -13,8 +13,8 @@ import pytest
 
 from ctxprune import recipes
 from ctxprune.cli.work import Work, check
-from ctxprune.pruner import adapter
-from ctxprune.pruner.checkpoint import GATES, read_config
+from ctxprune.pruner.checkpoints import adapter
+from ctxprune.pruner.checkpoints.checkpoint import GATES, read_config
 from ctxprune.pruner.errors import CtxpruneError
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
@@ -178,7 +178,7 @@ def test_an_interrupted_tune_goes_on(
     }
     plan = recipes.parse("mine", {"steps": [{"name": "tuned", "tune": options}]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ctxprune.pruner.tune.calibrate", _stop)
+        patch.setattr("ctxprune.pruner.training.tune.calibrate", _stop)
         with pytest.raises(KeyboardInterrupt):
             Work(tmp_path).do(plan.steps[0])
     assert not (tmp_path / "tuned").exists()

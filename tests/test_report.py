@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ctxprune.evals.report import markdown, plot, rich_retrieval, rich_table
+from ctxprune.evals.report.report import markdown, plot, rich_retrieval, rich_table
 
 
 def result(model: str, policy: str, points: list[tuple[float, float, float]]) -> dict[str, Any]:

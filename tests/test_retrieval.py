@@ -11,10 +11,10 @@ import torch
 from conftest import remembering_model
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ctxprune.evals.retrieval import CHOICES, DEPTHS, NAMES, VALUES, Prompt, prompts, score
-from ctxprune.pruner.checkpoint import load, load_tokenizer
+from ctxprune.evals.quality.retrieval import CHOICES, DEPTHS, NAMES, VALUES, Prompt, prompts, score
+from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.data import read_texts
-from ctxprune.pruner.engine import Handle
+from ctxprune.pruner.engine.handle import Handle
 from ctxprune.pruner.errors import CtxpruneError
 
 # Not one of the values is in it.

@@ -14,15 +14,15 @@ from test_laws import POLICIES, logits_of, pruning_model, random_ids
 from transformers import PreTrainedTokenizerFast
 
 from ctxprune.pruner.budget import cap_period
-from ctxprune.pruner.cache import PrunedCache
-from ctxprune.pruner.checkpoint import load, load_tokenizer
+from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
+from ctxprune.pruner.checkpoints.convert import convert
 from ctxprune.pruner.config import GenerateConfig
-from ctxprune.pruner.convert import convert
 from ctxprune.pruner.data import read_texts, windows
-from ctxprune.pruner.engine import Handle
+from ctxprune.pruner.engine.cache import PrunedCache
+from ctxprune.pruner.engine.handle import Handle
+from ctxprune.pruner.engine.table import TIDY_EVERY, Table
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.generation import generate
-from ctxprune.pruner.table import TIDY_EVERY, Table
 
 matrix = pytest.mark.parametrize("family", FAMILIES)
 every_policy = pytest.mark.parametrize("policy", POLICIES)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctxprune.pruner import soft as soft_module
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.engine import soft as soft_module
+from ctxprune.pruner.engine.soft import SoftAttention, soft_attend
 from ctxprune.pruner.gate import Gate, free_pairs, log_survival, margin
 from ctxprune.pruner.levels import Level
-from ctxprune.pruner.soft import SoftAttention, soft_attend
 
 HEADS, KEY_HEADS, WIDTH, HIDDEN = 6, 2, 4, 12
 

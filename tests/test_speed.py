@@ -13,12 +13,12 @@ from rich.console import Console
 from test_cli import ctxprune
 from transformers import StaticCache
 
-from ctxprune.evals import speed
-from ctxprune.evals.breakdown import RANGES
-from ctxprune.evals.speed import MODES, BenchConfig, Comparison, bench, kv_bytes
-from ctxprune.evals.speed_report import markdown, plot, rich_table
-from ctxprune.evals.subject import prompts
-from ctxprune.evals.training_cost import (
+from ctxprune.evals.speed import bench as speed
+from ctxprune.evals.speed.bench import MODES, BenchConfig, Comparison, bench, kv_bytes
+from ctxprune.evals.speed.breakdown import RANGES
+from ctxprune.evals.speed.speed_report import markdown, plot, rich_table
+from ctxprune.evals.speed.subject import prompts
+from ctxprune.evals.speed.training_cost import (
     DENSE,
     DISTILLED,
     GATED,
@@ -26,9 +26,9 @@ from ctxprune.evals.training_cost import (
     TrainingCostConfig,
     training_cost,
 )
-from ctxprune.pruner.cache import PrunedCache
-from ctxprune.pruner.checkpoint import load
-from ctxprune.pruner.dense import DenseCache
+from ctxprune.pruner.checkpoints.checkpoint import load
+from ctxprune.pruner.engine.cache import PrunedCache
+from ctxprune.pruner.engine.dense import DenseCache
 from ctxprune.pruner.errors import CtxpruneError
 
 Make = Callable[[str], Path]
@@ -174,7 +174,7 @@ def test_a_named_architecture_gets_the_positions_it_needs(
 ) -> None:
     small = tiny_model("gpt2").config
     small.max_position_embeddings = 8
-    monkeypatch.setattr("ctxprune.evals.subject.AutoConfig.for_model", lambda name: small)
+    monkeypatch.setattr("ctxprune.evals.speed.subject.AutoConfig.for_model", lambda name: small)
     config = dataclasses.replace(QUICK, architecture="gpt2", modes=("dense-static",), repeats=1)
     assert bench(None, config)["positions_enlarged"]
 

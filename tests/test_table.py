@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxprune.pruner.table import TIDY_EVERY, Table
+from ctxprune.pruner.engine.table import TIDY_EVERY, Table
 
 
 def held(table: Table, sequence: int) -> dict[int, tuple[float, float]]:

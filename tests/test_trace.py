@@ -9,11 +9,11 @@ import torch
 from conftest import TEXT
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxprune.evals.trace import Trace, overlap, pieces_of, trace
+from ctxprune.evals.inspect.trace import Trace, overlap, pieces_of, trace
 from ctxprune.pruner import policies
-from ctxprune.pruner.checkpoint import load, load_tokenizer
+from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.config import PruneConfig
-from ctxprune.pruner.engine import handle_of
+from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.gate import free_pairs
 

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctxprune.pruner import data
-from ctxprune.pruner.calibrate import TOLERANCE
-from ctxprune.pruner.checkpoint import GATES, load, load_tokenizer, read_config
+from ctxprune.pruner.checkpoints.checkpoint import GATES, load, load_tokenizer, read_config
 from ctxprune.pruner.config import TuneConfig
-from ctxprune.pruner.engine import handle_of
+from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.gate import sparsity_of
-from ctxprune.pruner.metrics import BOARD, METRICS
-from ctxprune.pruner.objective import hardening, learning_rate_factor, sample_level
-from ctxprune.pruner.tune import STATE, tune
+from ctxprune.pruner.training.calibrate import TOLERANCE
+from ctxprune.pruner.training.metrics import BOARD, METRICS
+from ctxprune.pruner.training.objective import hardening, learning_rate_factor, sample_level
+from ctxprune.pruner.training.tune import STATE, tune
 
 Make = Callable[[str], Path]
 
@@ -132,7 +132,7 @@ SCRIPT = """
 import sys, torch
 from pathlib import Path
 from ctxprune.pruner.config import TuneConfig
-from ctxprune.pruner.tune import tune
+from ctxprune.pruner.training.tune import tune
 torch.set_num_threads(1)
 folder, out, text, resume = sys.argv[1:]
 config = TuneConfig(sparsity=0.7, steps=40, context=128, save_every=3, lr=1e-3, data=text)
@@ -166,7 +166,7 @@ PROCESSES = """
 import sys, torch
 from pathlib import Path
 from ctxprune.pruner.config import TuneConfig
-from ctxprune.pruner.tune import tune
+from ctxprune.pruner.training.tune import tune
 torch.set_num_threads(1)
 folder, out, text, accumulate, train = sys.argv[1:]
 config = TuneConfig(sparsity=0.7, steps=6, local_steps=2, context=128, batch_size=1,

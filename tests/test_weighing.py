@@ -11,12 +11,12 @@ import torch
 from conftest import FAMILIES
 from test_division import divergence, scattered_handle
 
-from ctxprune.pruner import adapter
-from ctxprune.pruner.checkpoint import read_config
+from ctxprune.pruner.checkpoints import adapter
+from ctxprune.pruner.checkpoints.checkpoint import read_config
+from ctxprune.pruner.checkpoints.convert import convert
 from ctxprune.pruner.config import TuneConfig
-from ctxprune.pruner.convert import convert
-from ctxprune.pruner.tune import tune
-from ctxprune.pruner.weighing import MULTIPLES, weigh
+from ctxprune.pruner.training.tune import tune
+from ctxprune.pruner.training.weighing import MULTIPLES, weigh
 
 WINDOWS = torch.randint(2, 300, (3, 96), generator=torch.Generator().manual_seed(9))
 
@@ -52,7 +52,7 @@ def test_tuning_stores_the_weight_that_was_picked(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ctxprune.pruner.weighing.MULTIPLES", (3.0,))
+    monkeypatch.setattr("ctxprune.pruner.training.weighing.MULTIPLES", (3.0,))
     source, made = tmp_path / "m", tmp_path / "tuned"
     convert(str(dense_folder("gpt2")), source, {})
     options = TuneConfig(data=str(text_file), steps=1, context=64, train="lora")

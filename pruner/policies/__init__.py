@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ctxprune.pruner.budget import Budget
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.engine.table import Table
 from ctxprune.pruner.errors import choose
 from ctxprune.pruner.gate import Gate
-from ctxprune.pruner.table import Table
 
 
 @dataclass(frozen=True)

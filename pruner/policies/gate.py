@@ -18,11 +18,11 @@ from torch.nn import functional as F
 
 from ctxprune.pruner.budget import Budget
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.engine.table import Table
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.gate import Gate, log_used, no_autocast, value_size
 from ctxprune.pruner.levels import layer_windows
 from ctxprune.pruner.policies import Block, Policy, Request
-from ctxprune.pruner.table import Table
 
 
 class GatePolicy(Policy):

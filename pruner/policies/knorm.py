@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ctxprune.pruner.engine.table import Table
 from ctxprune.pruner.policies import Policy, Request
-from ctxprune.pruner.table import Table
 
 
 class KeyNormPolicy(Policy):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ctxprune.pruner.engine.table import Table
 from ctxprune.pruner.policies import Policy, Request
-from ctxprune.pruner.table import Table
 
 
 class RandomPolicy(Policy):

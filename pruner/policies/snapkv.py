@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ctxprune.pruner.engine.table import Table
 from ctxprune.pruner.policies import Block, Policy, Request
-from ctxprune.pruner.table import Table
 
 # Rows, in the order of their positions, that the votes are pooled over.
 KERNEL = 5

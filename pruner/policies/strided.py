@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ctxprune.pruner.engine.table import Table
 from ctxprune.pruner.gate import window_of
 from ctxprune.pruner.policies import Block, Policy, Request
-from ctxprune.pruner.table import Table
 
 
 class StridedPolicy(Policy):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ctxprune.pruner.engine.table import Table
 from ctxprune.pruner.policies import Block, Policy, Request
-from ctxprune.pruner.table import Table
 
 
 class TovaPolicy(Policy):

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from ctxprune.pruner.engine.table import Table
 from ctxprune.pruner.gate import window_of
 from ctxprune.pruner.policies import Block, Policy, Request
-from ctxprune.pruner.table import Table
 
 
 class WindowPolicy(Policy):

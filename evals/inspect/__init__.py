@@ -1,0 +1,1 @@
+"""What it forgets of a text, when, and for which token."""

@@ -1,0 +1,1 @@
+"""Results of several measurements as tables, charts and one page."""

@@ -1,0 +1,323 @@
+"""Several results of `eval` and `bench` as one: what compares with what, without repeats."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ctxprune.evals.report.shapes import BENCH, EVAL, TRAINING, kind_of, no_results
+
+DENSE = "dense"
+# Tasks that are made of the text of the evaluation: on another text they are other tasks.
+OF_TEXT = ("retrieval", "last_word")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A result as it was written: the files that hold it, what made it, and all of it."""
+
+    files: list[str]
+    kind: str
+    results: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured at several levels: a line of a figure.
+
+    Attributes:
+        policy: `DENSE` where nothing was asked to be evicted, and nothing was.
+        max_rows: the cap, where one was asked for.
+    """
+
+    model: str
+    policy: str
+    max_rows: int | None
+    dtype: str
+
+    @property
+    def decides(self) -> str:
+        """Who decides what stays, and under which cap."""
+        return f"{self.policy}, at most {self.max_rows} rows" if self.max_rows else self.policy
+
+
+@dataclass(frozen=True)
+class Point:
+    """A subject at one level, on one text or task.
+
+    Attributes:
+        requested, sparsity: asked for, and realised on this text or task.
+        figures: by name: `perplexity`, `cache_sparsity`, or what a task gives.
+        run: the number of the run that measured it, the first one if several agree.
+        cells: of retrieval: `length`, `depth` and `acc`.
+    """
+
+    subject: Subject
+    requested: float
+    sparsity: float
+    figures: dict[str, float]
+    run: int = field(compare=False)
+    cells: tuple[dict[str, float], ...] = ()
+
+
+@dataclass
+class Panel:
+    """Points that compare: of the same tokens of a text, or the same documents of a task.
+
+    Attributes:
+        facts: what makes them comparable, beside the name of the text or task.
+        periods: how many tokens lie between two evictions at most, by policy; of all runs.
+    """
+
+    name: str
+    facts: tuple[str, ...]
+    points: list[Point] = field(default_factory=list)
+    periods: dict[str, set[int]] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The name, and what else makes the points comparable."""
+        return ", ".join((self.name, *self.facts))
+
+    def lines(self) -> list[tuple[str, list[Point]]]:
+        """Label and points of each subject, by sparsity.
+
+        Runs of a subject make up one line, but one that measures a level again begins another.
+        """
+        by_run: dict[tuple[Subject, int], list[Point]] = {}
+        for point in self.points:
+            by_run.setdefault((point.subject, point.run), []).append(point)
+        lines: list[list[Point]] = []
+        for (subject, _), points in by_run.items():
+            levels = {point.requested for point in points}
+            for line in lines:
+                if line[0].subject == subject and levels.isdisjoint(p.requested for p in line):
+                    line.extend(points)
+                    break
+            else:
+                lines.append(points)
+        labels = told_apart(
+            [(self._label(line[0].subject), [point.run for point in line]) for line in lines]
+        )
+        ordered = [sorted(line, key=lambda point: point.sparsity) for line in lines]
+        return list(zip(labels, ordered, strict=True))
+
+    def dense_of(self, point: Point, figure: str) -> float | None:
+        """The figure of the same model with nothing evicted, None where it was not measured."""
+        wanted = (point.subject.model, point.subject.dtype)
+        for other in self.points:
+            subject = other.subject
+            if subject.policy == DENSE and (subject.model, subject.dtype) == wanted:
+                return other.figures.get(figure)
+        return None
+
+    def note(self) -> str:
+        """How often policies evict, where it is not at every token."""
+        return "; ".join(
+            f"{policy} evicts every {' or '.join(map(str, sorted(periods)))} tokens at most"
+            for policy, periods in self.periods.items()
+            if max(periods) > 1
+        )
+
+    def _label(self, subject: Subject) -> str:
+        """What the subjects of the panel differ in."""
+        label = subject.decides
+        if len({point.subject.model for point in self.points}) > 1:
+            label += f", {subject.model}"
+        if len({point.subject.dtype for point in self.points}) > 1:
+            label += f", {subject.dtype}"
+        return label
+
+
+@dataclass
+class Bench:
+    """Benchmarks of one model on one machine.
+
+    Attributes:
+        parts: number and results of each run, and its rows that no run before has.
+    """
+
+    title: str
+    parts: list[tuple[int, dict[str, Any], list[dict[str, Any]]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """All of the results.
+
+    Attributes:
+        runs: each once, in the order given; their numbers count from 1.
+        models: name that was measured -> name to show.
+        subjects: all of them, in the order of tables; a dense model before what it is pruned to.
+        texts, tasks, benches, trainings: what they measured, by what compares.
+    """
+
+    runs: tuple[Run, ...]
+    models: dict[str, str]
+    subjects: tuple[Subject, ...]
+    texts: tuple[Panel, ...]
+    tasks: tuple[Panel, ...]
+    benches: tuple[Bench, ...]
+    trainings: tuple[Run, ...]
+
+    @property
+    def alone(self) -> dict[str, Any] | None:
+        """The results, where there is one evaluation and nothing else."""
+        run = self.runs[0]
+        return run.results if len(self.runs) == 1 and run.kind == EVAL else None
+
+
+def merge(contents: Iterable[tuple[str, Any]]) -> Merged:
+    """Merge the contents of files: results, or lists of them as recipes leave them.
+
+    Args:
+        contents: a file's name, and what it holds.
+
+    Raises:
+        CtxpruneError: a file holds no results, or some that are not whole.
+    """
+    runs = _runs(contents)
+    models = short_names((run.results["model"] for run in runs), parts=1)
+    texts, tasks = _panels(runs, models)
+    subjects = _ordered([*texts, *tasks], list(models.values()))
+    return Merged(
+        tuple(runs),
+        models,
+        subjects,
+        texts,
+        tasks,
+        _benches(runs, models),
+        tuple(run for run in runs if run.kind == TRAINING),
+    )
+
+
+def short_names(paths: Iterable[str], parts: int) -> dict[str, str]:
+    """The last parts of each path; all of it where they would be those of another."""
+    short = {path: "/".join(Path(path).parts[-parts:]) or path for path in paths}
+    times = Counter(short.values())
+    return {path: name if times[name] == 1 else path for path, name in short.items()}
+
+
+def told_apart(lines: Sequence[tuple[str, Sequence[int]]]) -> list[str]:
+    """Labels of lines, given with the runs of each: equal ones also say which runs they are of."""
+    times = Counter(label for label, _ in lines)
+    return [
+        f"{label}, run {', '.join(map(str, sorted(set(runs))))}" if times[label] > 1 else label
+        for label, runs in lines
+    ]
+
+
+def _runs(contents: Iterable[tuple[str, Any]]) -> list[Run]:
+    """Every result once, in the order given."""
+    runs: list[Run] = []
+    for file, content in contents:
+        if content == []:
+            raise no_results(file)
+        for results in content if isinstance(content, list) else [content]:
+            same = next((run for run in runs if run.results == results), None)
+            if same is None:
+                runs.append(Run([file], kind_of(file, results), results))
+            elif file not in same.files:
+                same.files.append(file)
+    return runs
+
+
+def _panels(
+    runs: Sequence[Run], models: dict[str, str]
+) -> tuple[tuple[Panel, ...], tuple[Panel, ...]]:
+    """Perplexity by text, context and number of tokens; tasks by name and documents."""
+    names = short_names((str(run.results.get("text")) for run in runs), parts=2)
+    texts: dict[tuple[Any, ...], Panel] = {}
+    tasks: dict[tuple[Any, ...], Panel] = {}
+    for number, run in enumerate(runs, start=1):
+        if run.kind != EVAL:
+            continue
+        results = run.results
+        text = names[str(results.get("text"))]
+        for level in results["levels"]:
+            facts = (f"context {results['context']:,}", f"{level['tokens']:,} tokens")
+            panel = texts.setdefault((text, facts), Panel(text, facts))
+            figures = {name: level[name] for name in ("perplexity", "cache_sparsity")}
+            _add(panel, _point(number, run, level, level["sparsity"], figures, models))
+            every = results.get("evicts_every")
+            if every and level["sparsity"] > 0:
+                panel.periods.setdefault(results["policy"], set()).add(every)
+            for task, scores in level["tasks"].items():
+                figures = {
+                    name: value
+                    for name, value in scores.items()
+                    if isinstance(value, (int, float)) and name not in ("sparsity", "n")
+                }
+                about = (f"{scores['n']:,} documents",) if "n" in scores else ()
+                if task in OF_TEXT:
+                    about = (text, *about)
+                panel = tasks.setdefault((task, about), Panel(task, about))
+                sparsity, cells = scores["sparsity"], tuple(scores.get("cells", ()))
+                _add(panel, _point(number, run, level, sparsity, figures, models, cells))
+    return tuple(texts.values()), tuple(tasks.values())
+
+
+def _ordered(panels: Sequence[Panel], models: Sequence[str]) -> tuple[Subject, ...]:
+    """All subjects, in the order that the points of each panel get too."""
+    found = dict.fromkeys(point.subject for panel in panels for point in panel.points)
+    subjects = sorted(found, key=lambda subject: subject.policy != DENSE)
+    subjects.sort(key=lambda subject: models.index(subject.model))
+    for panel in panels:
+        panel.points.sort(key=lambda p: (subjects.index(p.subject), p.run, p.requested))
+    return tuple(subjects)
+
+
+def _point(
+    number: int,
+    run: Run,
+    level: dict[str, Any],
+    sparsity: float,
+    figures: dict[str, float],
+    models: dict[str, str],
+    cells: tuple[dict[str, float], ...] = (),
+) -> Point:
+    results, requested = run.results, level["sparsity_requested"]
+    dense = requested == 0 and level["sparsity"] == 0  # a cap on rows evicts at 0 too
+    subject = Subject(
+        models[results["model"]],
+        DENSE if dense else results["policy"],
+        None if dense else results.get("max_rows"),
+        results.get("dtype", ""),
+    )
+    return Point(subject, requested, sparsity, figures, number, cells)
+
+
+def _add(panel: Panel, point: Point) -> None:
+    if point not in panel.points:
+        panel.points.append(point)
+
+
+def _benches(runs: Sequence[Run], models: dict[str, str]) -> tuple[Bench, ...]:
+    benches: dict[tuple[Any, ...], Bench] = {}
+    for number, run in enumerate(runs, start=1):
+        if run.kind != BENCH:
+            continue
+        results = run.results
+        facts = [models[results["model"]]]
+        facts += ["random weights"] if results["random_weights"] else []
+        facts += [f"{results['dtype']} on {results['machine']}", threads(results)]
+        bench = benches.setdefault(tuple(facts), Bench(", ".join(facts)))
+        # Who decides is part of a row: the same figures of another policy are no repeat.
+        known = [
+            row
+            for _, other, rows in bench.parts
+            if all(other[key] == results[key] for key in ("policy", "forced", "max_rows"))
+            for row in rows
+        ]
+        rows = [row for row in results["rows"] if row not in known]
+        if rows:
+            bench.parts.append((number, results, rows))
+    return tuple(benches.values())
+
+
+def threads(results: dict[str, Any]) -> str:
+    """How many threads did the work, in words."""
+    return f"{results['threads']} thread{'s' * (results['threads'] != 1)}"

@@ -1,0 +1,124 @@
+"""What a benchmark measures: a checkpoint, or random weights of an architecture; the prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ctxprune.pruner.checkpoints.checkpoint import (
+    DTYPES,
+    check_folder,
+    first_line,
+    gate_dtype,
+    load,
+    load_tokenizer,
+)
+from ctxprune.pruner.checkpoints.convert import embedded_folder
+from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.engine.handle import DENSE, attach, new_gates
+from ctxprune.pruner.errors import CtxpruneError, choose
+from ctxprune.pruner.families import family_of
+from ctxprune.pruner.families import names as family_names
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its engine attached, switched off.
+
+    Attributes:
+        name: the folder or the architecture.
+        tokenizer: makes the prompts; its ids may exceed the vocabulary of random weights.
+        positions_enlarged: the model has more positions than its architecture says.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    positions_enlarged: bool = False
+
+
+def from_folder(folder: Path, *, dtype: str, device: str) -> Subject:
+    """The converted checkpoint in a folder."""
+    check_folder(folder)
+    _check_device(device)
+    model = load(folder, sparsity=0.0, max_rows=0, dtype=dtype, device=device)
+    return Subject(str(folder), model, load_tokenizer(folder))
+
+
+def from_architecture(name: str, positions: int, *, seed: int, dtype: str, device: str) -> Subject:
+    """Random weights and new gates.
+
+    Args:
+        name: a family, whose default configuration gets as many `positions` as are needed; or a
+            config.json or a folder with one, which is taken as it is.
+
+    Raises:
+        CtxpruneError: no such architecture, or one that is not supported.
+    """
+    _check_device(device)
+    config, enlarged = _configuration(name, positions)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=DENSE)
+    model.to(torch.device(device)).eval()
+    settings = PruneConfig()
+    gates = new_gates(model, settings, seed)
+    gates.to(device=device, dtype=gate_dtype(DTYPES[dtype]))
+    attach(model, gates, settings)
+    with embedded_folder() as folder:
+        tokenizer = load_tokenizer(folder)
+    return Subject(name, model, tokenizer, enlarged)
+
+
+def _configuration(name: str, positions: int) -> tuple[PretrainedConfig, bool]:
+    """The configuration, and whether its positions were enlarged."""
+    path = Path(name)
+    if not path.exists():
+        config = AutoConfig.for_model(choose("architecture", name, family_names()))
+        enlarged = positions > config.max_position_embeddings
+        if enlarged:
+            config.max_position_embeddings = positions
+        return config, enlarged
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CtxpruneError(
+            f"`{name}` is no architecture: {first_line(error)}",
+            "give a config.json, a folder with one, or the name of a family",
+        ) from error
+    family_of(config)
+    return config, False
+
+
+def check_positions(model: PreTrainedModel, context: int, decoded: int) -> None:
+    """Raise CtxpruneError unless the model has positions for a context and what is decoded."""
+    limit = model.config.max_position_embeddings
+    if family_of(model.config).bounded and context + decoded > limit:
+        raise CtxpruneError(
+            f"a context of {context} and {decoded} decoded tokens need {context + decoded} "
+            f"positions, this model has {limit}",
+            "measure a shorter context, fewer steps or fewer repeats",
+        )
+
+
+def prompts(text: Tensor, batch: int) -> Tensor:
+    """`batch` of the windows (count, context), spread over the text, and used again if too few."""
+    count = len(text)
+    chosen = [n * count // batch if count >= batch else n % count for n in range(batch)]
+    return text[chosen]
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise CtxpruneError(f"device `{name}` cannot be used: {first_line(error)}") from error

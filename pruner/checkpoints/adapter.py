@@ -1,0 +1,214 @@
+"""What tuning added to a checkpoint, as one small file: LoRA matrices, gates and calibration.
+
+A safetensors file whose metadata hold the settings, so that `convert --adapter FILE` makes the
+tuned model from the published weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.engine.handle import new_gates
+from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.families import family_of
+
+FILE = "adapter.ctxprune"
+LORA, GATES = "lora/", "gates/"
+# Settings that can change without tuning again.
+DIALS = ("attention_bonus", "max_rows")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter file holds.
+
+    Attributes:
+        about: `config` (of the gates), `provenance` and `lora_rank`.
+        lora, gates: tensors by name. name: of the file, for messages.
+    """
+
+    about: dict[str, Any]
+    lora: dict[str, Tensor]
+    gates: dict[str, Tensor]
+    name: str
+
+
+def wrap(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """LoRA of a rank around the projections of a model, which is frozen.
+
+    Its factor is 2 at any rank, so that the matrices of two runs can be stacked. What peft returns
+    is a module of its own kind that stands for the model.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=list(family_of(model.config).lora_targets),
+        fan_in_fan_out=model.config.model_type == "gpt2",
+    )
+    return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+def save(
+    path: Path,
+    model: PreTrainedModel,
+    gates: nn.ModuleList,
+    config: PruneConfig,
+    provenance: Mapping[str, Any],
+    *,
+    rank: int,
+    onto: Path | None = None,
+) -> None:
+    """Write the adapter of a model that `wrap` made; rank 0: only gates were tuned.
+
+    The LoRA matrices are rounded to bfloat16: half the size, and less than what a step of the
+    optimizer changes. The gates stay as they are.
+
+    Args:
+        onto: the adapter that had been merged before, if any: the new one holds both, as LoRA of
+            the sum of their ranks.
+    """
+    matrices = get_peft_model_state_dict(model) if rank else {}
+    if onto is not None:
+        before = read(onto)
+        matrices = _stacked(before.lora, matrices)
+        rank += before.about["lora_rank"]
+    matrices = {name: matrix.to(torch.bfloat16) for name, matrix in matrices.items()}
+    about = {"provenance": dict(provenance), "lora_rank": rank}
+    write(path, Adapter(about, matrices, gates.state_dict(), path.name), config)
+
+
+def read(path: Path) -> Adapter:
+    """Read an adapter file.
+
+    Raises:
+        CtxpruneError: there is none, or it is something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["ctxprune"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CtxpruneError(
+            f"`{path}` is no adapter of ctxprune", f"give the {FILE} that `ctxprune tune` wrote"
+        ) from error
+    return Adapter(about, _part(tensors, LORA), _part(tensors, GATES), str(path))
+
+
+def mean(adapters: Sequence[Adapter]) -> Adapter:
+    """The adapter that gives the mean of the weights that several give ("Model soups", arXiv
+    2203.05482), as LoRA of the sum of their ranks.
+
+    Gates, calibration and settings are those of the first.
+
+    Raises:
+        CtxpruneError: they are of different models.
+    """
+    first, *others = adapters
+    matrices: dict[str, Tensor] = {}
+    for adapter in adapters:
+        scaled = {
+            name: matrix / len(adapters) if "lora_B" in name else matrix
+            for name, matrix in adapter.lora.items()
+        }
+        try:
+            matrices = _stacked(matrices, scaled)
+        except (RuntimeError, KeyError) as error:
+            raise CtxpruneError(
+                f"`{first.name}` and `{adapter.name}` are adapters of different models",
+                "give adapters of one model",
+            ) from error
+    about = {**first.about, "lora_rank": sum(adapter.about["lora_rank"] for adapter in adapters)}
+    if others:
+        with_these = [adapter.about["provenance"] for adapter in others]
+        about["provenance"] = {**first.about["provenance"], "averaged_with": with_these}
+    return Adapter(about, matrices, first.gates, first.name)
+
+
+def write(path: Path, adapter: Adapter, config: PruneConfig) -> None:
+    """Write an adapter, with a configuration that may have changed."""
+    tensors = {GATES + name: tensor for name, tensor in adapter.gates.items()}
+    tensors |= {LORA + name: matrix for name, matrix in adapter.lora.items()}
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    about = {**adapter.about, "config": dataclasses.asdict(config)}
+    save_file(contiguous, path, metadata={"ctxprune": json.dumps(about)})
+
+
+def check_changes(settings: Mapping[str, Any]) -> None:
+    """Raise CtxpruneError for a setting that an adapter was tuned with."""
+    for name in settings:
+        if name not in DIALS:
+            raise CtxpruneError(
+                f"the adapter was tuned with a `{name}` of its own", "leave it out here"
+            )
+
+
+def apply(
+    adapter: Adapter, model: PreTrainedModel, changes: Mapping[str, Any]
+) -> tuple[PreTrainedModel, nn.ModuleList, PruneConfig]:
+    """Merge an adapter into the weights that it was trained on.
+
+    Args:
+        changes: settings to take in place of the adapter's, see `check_changes`.
+
+    Returns:
+        the model, its gates and their configuration.
+
+    Raises:
+        CtxpruneError: it is of another model.
+    """
+    about = adapter.about
+    config = PruneConfig.from_mapping({**about["config"], **changes}, adapter.name)
+    gates = new_gates(model, config)
+    try:
+        gates.load_state_dict(adapter.gates)
+        if about["lora_rank"]:
+            model = _merge(model, adapter.lora, about["lora_rank"])
+    except (RuntimeError, KeyError) as error:
+        raise CtxpruneError(
+            f"`{adapter.name}` does not fit this model",
+            f"it was trained on {about['provenance'].get('base', 'another one')}",
+        ) from error
+    return model, gates, config
+
+
+def _stacked(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    """B1 A1 + B2 A2 = [B1 B2] [A1; A2], A (rank, in) and B (out, rank)."""
+    if not (first and second):
+        return first or second
+    return {
+        name: torch.cat([first[name], matrix.to(first[name])], dim=0 if "lora_A" in name else 1)
+        for name, matrix in second.items()
+    }
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _merge(model: PreTrainedModel, matrices: dict[str, Tensor], rank: int) -> PreTrainedModel:
+    wrapped = wrap(model, rank)
+    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(wrapped).items()}
+    if {name: tensor.shape for name, tensor in matrices.items()} != expected:
+        raise KeyError("LoRA matrices of another model")
+    set_peft_model_state_dict(wrapped, {n: t.float() for n, t in matrices.items()})
+    merged = wrapped.merge_and_unload()  # type: ignore[operator]
+    assert isinstance(merged, PreTrainedModel)
+    return merged

@@ -1,0 +1,329 @@
+"""Model folders: a plain Hugging Face folder + `ctxprune.json` + `ctxprune.safetensors`.
+
+Folders are written under a temporary name and renamed, so that none is ever half there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ctxprune.pruner.config import PruneConfig, check_sparsity
+from ctxprune.pruner.engine.handle import DENSE, Handle, attach
+from ctxprune.pruner.errors import CtxpruneError, choose
+from ctxprune.pruner.gate import Gate
+
+SETTINGS = "ctxprune.json"
+GATES = "ctxprune.safetensors"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@contextmanager
+def staged(out: Path, *, force: bool) -> Iterator[Path]:
+    """Give a temporary folder that becomes `out` if all goes well, and vanishes if not.
+
+    Raises:
+        CtxpruneError: `out` exists and force is not set, or the disk is full.
+    """
+    refuse_existing(out, force=force)
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        if out.exists():
+            old = out.parent / f".{out.name}.{os.getpid()}.old"
+            out.rename(old)
+            temporary.rename(out)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(out)
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
+            raise CtxpruneError(
+                f"no space left to write `{out}`", "free some, or choose another `--out`"
+            ) from error
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+            raise CtxpruneError(f"`{out}` cannot be written: {error.strerror}") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(out: Path, *, force: bool) -> None:
+    """Raise CtxpruneError if `out` exists, unless `force` and it is a folder."""
+    if out.exists() and not out.is_dir():
+        raise CtxpruneError(f"`{out}` is a file, not a folder", "choose another `--out`")
+    if out.exists() and any(out.iterdir()) and not force:
+        raise CtxpruneError(
+            f"`{out}` exists already", "choose another `--out`, or replace it with `--force`"
+        )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error of the system or of safetensors says that no space is left."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or (isinstance(error, SafetensorError) and "os error 28" in str(error))
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """The parsed `ctxprune.json` of a converted folder.
+
+    Raises:
+        CtxpruneError: no such folder, or one that was not converted.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CtxpruneError(
+            f"there is no folder `{folder}`", "make one with `ctxprune convert MODEL --out DIR`"
+        )
+    path = folder / SETTINGS
+    if not path.is_file():
+        raise CtxpruneError(
+            f"`{folder}` has no {SETTINGS}, so it was not converted",
+            f"run `ctxprune convert {folder} --out DIR` first",
+        )
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CtxpruneError(f"`{path}` is not valid JSON: {error}", "convert again") from error
+    if not isinstance(settings, dict) or "config" not in settings:
+        raise CtxpruneError(f"`{path}` has no `config`", "convert again")
+    return settings
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise CtxpruneError unless `folder` is a converted model."""
+    read_settings(folder)
+
+
+def read_config(folder: str | Path) -> PruneConfig:
+    """The PruneConfig of a converted folder."""
+    raw = read_settings(folder)["config"]
+    return PruneConfig.from_mapping(raw, str(Path(folder) / SETTINGS))
+
+
+def write(
+    folder: Path,
+    model: PreTrainedModel,
+    gates: nn.ModuleList,
+    config: PruneConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write a model folder in place (use inside `staged`)."""
+    handle = getattr(model, "ctxprune", None)
+    if isinstance(handle, Handle):
+        assert handle.policy is None, "switch the engine off before saving"
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in gates.state_dict().items()},
+        folder / GATES,
+    )
+    raw = dataclasses.asdict(config)
+    settings = {
+        "format": 1,
+        "version": version("ctxprune"),
+        "config": raw,
+        "provenance": dict(provenance),
+    }
+    text = json.dumps(settings, indent=2) + "\n"
+    (folder / SETTINGS).write_text(text, encoding="utf-8")
+
+
+def load(
+    folder: str | Path,
+    *,
+    sparsity: float | None = None,
+    policy: str = "gate",
+    max_rows: int | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """Load a converted folder, ready to score and to generate with eviction.
+
+    Args:
+        folder: what `convert`, `tune` or `export` wrote.
+        sparsity: level in [0, 1); None: the one it was tuned to, 0 if it was not.
+        policy: who decides; see `ctxprune.pruner.policies.names`.
+        max_rows: cap on the rows of a sequence; None: the one of `ctxprune.json`; 0: none.
+        dtype: of the weights and the cache: float32, bfloat16, float16 or float64.
+        device: torch device.
+
+    Returns:
+        The transformers model in eval mode, with a `Handle` as `model.ctxprune`.
+
+    Raises:
+        CtxpruneError: not a converted folder, damaged files, gates that do not fit.
+    """
+    config = read_config(folder)
+    if sparsity is not None:
+        check_sparsity(sparsity)
+    torch_dtype = DTYPES[choose("dtype", dtype, DTYPES)]
+    model = load_dense(Path(folder), torch_dtype)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    gates = _load_gates(Path(folder), model, config)
+    gates.to(device=device, dtype=gate_dtype(torch_dtype))
+    handle = attach(model, gates, config)
+    handle.use(policy, config.tuned if sparsity is None else sparsity, max_rows=max_rows)
+    model.eval()
+    return model
+
+
+def gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the gates of a model of a dtype compute in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def load_dense(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The folder's transformers model, from safetensors alone.
+
+    Raises:
+        CtxpruneError: weights missing, damaged, or only there as a pickle.
+    """
+    check_weights(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=DENSE,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CtxpruneError(
+            f"the weights in `{folder}` cannot be read: {first_line(error)}",
+            "the files are damaged or incomplete; fetch or convert them again",
+        ) from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CtxpruneError(
+            f"the weights in `{folder}` lack `{missing[0]}` and {len(missing) - 1} more",
+            "the files do not belong to this config.json; fetch them again",
+        )
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def check_weights(folder: Path) -> None:
+    """Raise CtxpruneError unless a folder holds whole safetensors files."""
+    files = sorted(folder.glob("*.safetensors"))
+    weights = [file for file in files if file.name != GATES]
+    if not weights:
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        if pickles:
+            raise CtxpruneError(
+                f"`{folder}` has its weights only as a pickle (`{pickles[0].name}`), which could "
+                "run any code",
+                "save them as safetensors first: `model.save_pretrained(DIR)`",
+            )
+        raise CtxpruneError(f"`{folder}` has no weights (*.safetensors)")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CtxpruneError(
+                f"`{file}` is damaged: {first_line(error)}", "fetch or convert it again"
+            ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder.
+
+    Raises:
+        CtxpruneError: there is none, or it knows no tokens.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CtxpruneError(f"`{folder}` has no tokenizer: {first_line(error)}") from error
+    if len(tokenizer) < 2:
+        raise CtxpruneError(f"the tokenizer in `{folder}` is empty")
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def _load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn.ModuleList:
+    try:
+        tensors = load_file(folder / GATES)
+    except (SafetensorError, OSError) as error:
+        raise CtxpruneError(
+            f"`{folder / GATES}` is missing or damaged: {first_line(error)}", "convert again"
+        ) from error
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    gates = nn.ModuleList(Gate(width, config.rank) for _ in range(layers))
+    expected = {name: tensor.shape for name, tensor in gates.state_dict().items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+        raise CtxpruneError(
+            f"the gates in `{folder}` do not fit its model: {layers} layers of width {width} and "
+            f"rank {config.rank} are needed",
+            "convert the model again",
+        )
+    gates.load_state_dict(tensors)
+    return gates
+
+
+def describe(folder: str | Path) -> dict[str, Any]:
+    """What a converted folder holds, for `ctxprune info`."""
+    settings = read_settings(folder)
+    config = read_config(folder)
+    raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    with safe_open(Path(folder) / GATES, framework="pt") as gates:
+        added = sum(_numel(gates.get_slice(name).get_shape()) for name in gates.keys())  # noqa: SIM118
+    total = 0
+    for file in Path(folder).glob("*.safetensors"):
+        if file.name != GATES:
+            with safe_open(file, framework="pt") as weights:
+                total += sum(_numel(weights.get_slice(n).get_shape()) for n in weights.keys())  # noqa: SIM118
+    return {
+        "folder": str(folder),
+        "model_type": raw["model_type"],
+        "parameters": total,
+        "parameters_added": added,
+        "policy": "gate",
+        "tuned_sparsity": config.tuned,
+        "config": dataclasses.asdict(config),
+        "version": settings.get("version"),
+        "provenance": settings.get("provenance", {}),
+    }
+
+
+def _numel(shape: list[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

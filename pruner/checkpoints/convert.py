@@ -1,0 +1,155 @@
+"""Adding gates to a pretrained checkpoint: hub id, folder, .gguf file, or the embedded one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ctxprune.pruner.checkpoints import adapter as adapters
+from ctxprune.pruner.checkpoints import checkpoint
+from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.engine.handle import DENSE, new_gates
+from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.families import family_of
+
+
+def convert(
+    source: str | None,
+    out: Path,
+    settings: Mapping[str, Any],
+    *,
+    adapter: Sequence[Path] = (),
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write a converted copy of `source` to `out`: it prunes nothing until it is tuned.
+
+    Args:
+        source: hub id, folder, or .gguf file; None: the embedded checkpoint.
+        out: folder to make. force: replace it if it exists.
+        settings: fields of `PruneConfig` that are given; the others keep their defaults.
+        adapter: what `tune` added to this very source, whose settings are then the defaults; of
+            several the weights are averaged (`adapter.mean`).
+        trust_remote_code: let a hub repository run its own code.
+
+    Raises:
+        CtxpruneError: missing, damaged or unsupported source; `out` exists; no space left.
+    """
+    checkpoint.refuse_existing(out, force=force)
+    config = PruneConfig.from_mapping(settings, "the settings")
+    tuned = adapters.mean([adapters.read(path) for path in adapter]) if adapter else None
+    if tuned is not None:
+        adapters.check_changes(settings)
+    if source is None:
+        with embedded_folder() as folder:
+            model, tokenizer = _from_folder(folder)
+        name = "the embedded checkpoint"
+    elif source.endswith(".gguf"):
+        model, tokenizer = _from_gguf(Path(source))
+        name = Path(source).name
+    elif Path(source).is_dir():
+        model, tokenizer = _from_folder(Path(source))
+        name = str(source)
+    elif Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        what = "is not a model" if Path(source).exists() else "does not exist"
+        raise CtxpruneError(f"`{source}` {what}", "give a hub id, a model folder, or a .gguf file")
+    else:
+        model, tokenizer = _from_hub(source, trust_remote_code=trust_remote_code)
+        name = source
+    provenance = {"base": name}
+    if tuned is None:
+        gates = new_gates(model, config)
+    else:
+        model, gates, config = adapters.apply(tuned, model, settings)
+        provenance = {**tuned.about["provenance"], "base": name}
+    with checkpoint.staged(out, force=force) as folder:
+        checkpoint.write(folder, model, gates, config, tokenizer, provenance)
+        if tuned is not None:
+            adapters.write(folder / adapters.FILE, tuned, config)
+    return out
+
+
+def embedded_folder() -> AbstractContextManager[Path]:
+    """The folder of the checkpoint that is shipped, as a file system has it."""
+    return as_file(files("ctxprune.recipes").joinpath("embedded", "checkpoint"))
+
+
+def _from_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not (folder / "config.json").is_file():
+        raise CtxpruneError(f"`{folder}` has no config.json", "give the folder of a model")
+    _check_family(str(folder))
+    return checkpoint.load_dense(folder, "auto"), checkpoint.load_tokenizer(folder)
+
+
+def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not path.is_file():
+        raise CtxpruneError(f"`{path}` does not exist")
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise CtxpruneError(
+            "reading .gguf files needs the package `gguf`", "install `ctxprune[gguf]`"
+        ) from error
+    where: dict[str, Any] = {"gguf_file": path.name}
+    try:
+        _check_family(str(path.parent), **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32, attn_implementation=DENSE, **where
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+    except CtxpruneError:
+        raise
+    except Exception as error:  # the reader raises whatever a broken header makes it trip over
+        raise CtxpruneError(
+            f"`{path}` cannot be read as GGUF: {checkpoint.first_line(error)}",
+            "the file is damaged, or of an architecture that transformers does not read",
+        ) from error
+    # The weights are plain float32 by now; the leftovers would forbid saving them.
+    object.__setattr__(model, "hf_quantizer", None)
+    object.__setattr__(model, "is_quantized", False)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def _from_hub(
+    source: str, *, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        _check_family(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", attn_implementation=DENSE, use_safetensors=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise CtxpruneError(
+            f"`{source}` is no folder here, and it could not be fetched from the hub: "
+            f"{checkpoint.first_line(error)}",
+            "check the name and the network, or give a folder or a .gguf file",
+        ) from error
+    return model, tokenizer
+
+
+def _check_family(source: str, **options: Any) -> None:
+    """Refuse an unsupported architecture before its weights are read."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
+    except (ValueError, KeyError) as error:
+        raise CtxpruneError(
+            f"`{source}` is not a model that transformers knows: {checkpoint.first_line(error)}"
+        ) from error
+    family_of(config)

@@ -1,0 +1,1 @@
+"""Fine-tuning the gates, and calibrating what each layer keeps."""

@@ -1,0 +1,517 @@
+"""The fine-tuning loop: soft survival, sampled levels, checkpoints that resume bit for bit.
+
+While it runs, its state is one safetensors file in `<out>.tuning/`, replaced atomically; `out`
+itself appears when all is done. Data order, levels and dropout depend on the seed and the step
+alone, so a resumed run repeats what an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast_object_list,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctxprune.pruner import data
+from ctxprune.pruner import levels as levels_module
+from ctxprune.pruner.checkpoints import adapter, checkpoint
+from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.engine.handle import Handle, handle_of
+from ctxprune.pruner.engine.soft import SoftAttention
+from ctxprune.pruner.errors import CtxpruneError, Interrupted
+from ctxprune.pruner.training.calibrate import calibrate
+from ctxprune.pruner.training.division import divide
+from ctxprune.pruner.training.local import LocalAttention
+from ctxprune.pruner.training.metrics import Metrics
+from ctxprune.pruner.training.objective import (
+    distillation_loss,
+    hardening,
+    learning_rate_factor,
+    lm_loss,
+    local_loss,
+    sample_level,
+    sparsity_penalty,
+)
+from ctxprune.pruner.training.weighing import weigh
+
+# Held-out tokens that the levels are calibrated on.
+CALIBRATION_TOKENS = 8192
+STATE = "state.safetensors"
+
+OnStep = Callable[[dict[str, Any]], None]
+OnPhase = Callable[[str], None]
+
+
+class Trainee(nn.Module):
+    """Model and gates as one module, whose forward pass is the loss of a micro-batch."""
+
+    def __init__(self, model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.gates = handle.gates
+        self.handle = handle
+        self.config = config
+
+    def forward(
+        self, ids: Tensor, level: float, sharpness: float, alpha: float, local: bool = False
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Loss and figures of ids (b, n) at a level, 0 being dense; local: of the gates alone."""
+        if level == 0.0:
+            with self.handle.training(None):
+                loss = lm_loss(self.model(ids, use_cache=False).logits, ids)
+            return loss, {"lm_loss": loss.detach()}
+        soft = (LocalAttention if local else SoftAttention)(
+            levels_module.Level(levels_module.prior(level, ids.shape[1]), 0.0),
+            self.handle.config,
+            sharpness=sharpness,
+            alpha=alpha,
+        )
+        if isinstance(soft, LocalAttention):
+            return self._local(ids, level, soft)
+        teacher = self._teach(ids) if self.config.distill > 0.0 else None
+        with self.handle.training(soft):
+            logits = self.model(ids, use_cache=False).logits
+        task = lm_loss(logits, ids)
+        kept = _mean(soft.kept)
+        loss = task * (1.0 - self.config.distill)
+        seen: dict[str, Any] = {}
+        if teacher is not None:
+            divergence = distillation_loss(logits, teacher)
+            loss = loss + self.config.distill * divergence
+            seen["divergence"] = divergence.detach()
+        loss = loss + self.config.penalty * sparsity_penalty(kept, level)
+        return loss, {**seen, "lm_loss": task.detach(), **_realised(soft, level)}
+
+    def _local(
+        self, ids: Tensor, level: float, soft: LocalAttention
+    ) -> tuple[Tensor, dict[str, Any]]:
+        model = self.handle.model
+        with soft.watch(model), self.handle.training(soft):
+            model(ids, use_cache=False, logits_to_keep=1)
+        errors = torch.stack([soft.errors[layer] for layer in sorted(soft.errors)])
+        penalty = self.config.penalty * sparsity_penalty(_mean(soft.kept), level)
+        loss = local_loss(errors) + penalty
+        return loss, {"local_error": errors.detach().mean(), **_realised(soft, level)}
+
+    @torch.no_grad()
+    def _teach(self, ids: Tensor) -> Tensor:
+        """Logits of this very model with its gates off: no second copy, and it learns along."""
+        with self.handle.training(None):
+            return self.model(ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def _mean(shares: dict[int, Tensor]) -> Tensor:
+    return torch.stack([shares[layer] for layer in sorted(shares)]).mean()
+
+
+def _realised(soft: SoftAttention, level: float) -> dict[str, Any]:
+    """What was dropped, softly and hard, beside the level that was asked for."""
+    layers = sorted(soft.hard_kept)
+    return {
+        "target": level,
+        "sparsity_soft": 1.0 - float(_mean(soft.kept).detach()),
+        "sparsity_hard": 1.0 - float(sum(soft.hard_kept.values())) / len(layers),
+        "layers_hard": [1.0 - float(soft.hard_kept[layer]) for layer in layers],
+        "layers_live": [float(soft.live[layer]) for layer in layers],
+    }
+
+
+def tune(
+    folder: Path,
+    out: Path,
+    config: TuneConfig,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    on_step: OnStep | None = None,
+    on_phase: OnPhase | None = None,
+) -> Path:
+    """Fine-tune a converted model to prune, calibrate it, and write it to `out`.
+
+    Args:
+        folder: a converted model. out: folder to make; force: replace it. config: the run.
+        resume: go on from the state that an interrupted run of the same configuration left.
+        on_step: receives each step's figures, those of metrics.jsonl. on_phase: what happens now.
+
+    Raises:
+        CtxpruneError: bad input, divergence, or nothing to resume.
+        Interrupted: after Ctrl-C or SIGTERM, with the state saved.
+    """
+    checkpoint.refuse_existing(out, force=force)
+    work = out.parent / f".{out.name}.tuning"
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.bf16 else "no",
+        gradient_accumulation_steps=config.accumulate,
+        # A dense micro-batch uses no gate.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if accelerator.distributed_type is DistributedType.FSDP:
+        raise CtxpruneError(
+            "tuning cannot be sharded by FSDP: its state and its adapter are whole tensors",
+            "leave FSDP off; `--train lora --checkpointing` saves memory on every process",
+        )
+    on_phase = on_phase if on_phase and accelerator.is_main_process else _say_nothing
+    if resume and not (work / STATE).is_file():
+        raise CtxpruneError(
+            f"there is no interrupted run for `{out}` to resume", "leave out `--resume`"
+        )
+    on_phase("loading the model")
+    model = checkpoint.load(folder, sparsity=0.0, max_rows=0)
+    handle = handle_of(model)
+    tokenizer = checkpoint.load_tokenizer(folder)
+    _check_context(model, handle, config)
+    on_phase("reading the text")
+    train_windows, valid_windows = _texts(tokenizer, config)
+    model, parameters = trainable(model, handle, config)
+    trainee = Trainee(model, handle, config)
+    tokens = config.context * config.batch_size * config.accumulate * accelerator.num_processes
+    if config.max_tokens is not None:
+        within = config.max_tokens // tokens - config.ahead
+        steps = min(config.steps, max(within, 0 if config.ahead else 1))
+        config = dataclasses.replace(config, steps=steps)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
+    run = _Run(work, folder, config, trainee, optimizer)
+    start = run.restore() if resume else 0
+    total_steps = config.total_steps
+    if accelerator.is_main_process:
+        run.begin(start)
+    accelerator.wait_for_everyone()
+    prepared, prepared_optimizer = accelerator.prepare(trainee, optimizer)
+    on_phase("tuning")
+    with _stop_signals() as stop:
+        clock, before = time.monotonic(), run.seconds
+        for step in range(start, total_steps):
+            figures = _step(
+                step, prepared, prepared_optimizer, accelerator, run, config, train_windows
+            )
+            here = time.monotonic() - clock
+            run.seconds = before + here
+            pace = (step + 1 - start) / here
+            figures["tokens_per_s"] = pace * tokens
+            figures["eta_s"] = (total_steps - step - 1) / pace
+            last = step + 1 == total_steps or _time_is_up(run.seconds, config)
+            if accelerator.is_main_process:
+                run.metrics.log(figures)
+                if on_step is not None:
+                    on_step(figures)
+                if stop.is_set() or (step + 1) % config.save_every == 0 or last:
+                    run.save(step + 1)
+            if last:
+                break
+            if stop.is_set():
+                run.metrics.close()
+                raise Interrupted(
+                    f"stopped after step {step + 1} of {total_steps}; the state is saved",
+                    "go on with `--resume`",
+                )
+    run.metrics.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _finish(run, model, handle, tokenizer, valid_windows, out, force, on_phase)
+    accelerator.wait_for_everyone()
+    return out
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def _time_is_up(seconds: float, config: TuneConfig) -> bool:
+    """Whether the budget of time is spent; the main process's clock counts for all."""
+    if config.max_minutes is None:
+        return False
+    spent: list[float] = broadcast_object_list([seconds])
+    return spent[0] >= 60.0 * config.max_minutes
+
+
+def _step(
+    step: int,
+    trainee: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    run: _Run,
+    config: TuneConfig,
+    windows: Tensor,
+) -> dict[str, Any]:
+    """One optimizer step; returns its figures. Each phase counts its own steps."""
+    local = step < config.ahead
+    phase, at = (config.local, step) if local else (config, step - config.ahead)
+    factor = learning_rate_factor(at, phase)
+    for group in run.optimizer.param_groups:
+        group["lr"] = factor * getattr(phase, group["rate"])
+    sharpness, alpha = hardening(at, phase)
+    torch.manual_seed(config.seed * 1_000_003 + at)
+    figures: dict[str, Any] = {}
+    total = 0.0
+    trainee.train(not local)
+    for index in range(config.accumulate):
+        # N processes do in a step what one does that accumulates N times as often.
+        place = index * accelerator.num_processes + accelerator.process_index
+        ids = _batch(windows, at, place, config, accelerator.num_processes)
+        level = sample_level(at, place, phase)
+        with accelerator.accumulate(trainee):
+            loss, seen = trainee(ids.to(accelerator.device), level, sharpness, alpha, local)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trainee.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        total += float(loss.detach()) / config.accumulate
+        figures.update({k: float(v) if isinstance(v, Tensor) else v for k, v in seen.items()})
+    if not math.isfinite(total):
+        raise CtxpruneError(
+            f"the loss is {total} at step {step + 1}: training diverged",
+            "lower `--lr`; the last good state is kept, and `--resume` goes on from it",
+        )
+    return {
+        "step": step + 1,
+        "steps": config.total_steps,
+        "loss": total,
+        "lr": run.optimizer.param_groups[-1]["lr"],
+        "sharpness": sharpness,
+        "alpha": alpha,
+        **figures,
+    }
+
+
+def _batch(windows: Tensor, step: int, place: int, config: TuneConfig, processes: int) -> Tensor:
+    """Windows of a micro-batch: a new shuffle every epoch, a function of seed and step alone."""
+    first = (step * config.accumulate * processes + place) * config.batch_size
+    chosen = []
+    for number in range(first, first + config.batch_size):
+        epoch, at = divmod(number, len(windows))
+        generator = torch.Generator().manual_seed(config.seed * 7919 + epoch)
+        chosen.append(int(torch.randperm(len(windows), generator=generator)[at]))
+    return windows[chosen]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tensor, Tensor]:
+    """Training windows and held-out windows for calibration."""
+    train = data.windows(tokenizer, data.read_texts(config.data, "tune"), config.context)
+    count = max(4, CALIBRATION_TOKENS // config.context)
+    if config.valid is not None or config.data is None:
+        texts = data.read_texts(config.valid, "calibrate")
+        held = data.windows(tokenizer, texts, config.context)
+        return train, data.spread(held, count)
+    spare = max(1, len(train) // 20)
+    if len(train) <= spare:
+        raise CtxpruneError(
+            f"the text makes {len(train)} window of {config.context} tokens: none is left to "
+            "calibrate on",
+            "give more text, a smaller `--context`, or a text for `--valid`",
+        )
+    return train[:-spare], train[-spare:][:count]
+
+
+def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if handle.family.bounded and limit is not None and config.context > limit:
+        raise CtxpruneError(
+            f"a context of {config.context} is beyond the {limit} positions of this model",
+            f"use `--context {limit}` or less",
+        )
+    most = levels_module.ceiling(handle.config, config.context)
+    if config.sparsity >= most:
+        raise CtxpruneError(
+            f"sparsity {config.sparsity:g} cannot be reached at a context of {config.context}: the "
+            f"protected tokens leave {most:.2f} at most",
+            "use a longer `--context`, or convert with fewer protected tokens",
+        )
+
+
+def trainable(
+    model: PreTrainedModel, handle: Handle, config: TuneConfig
+) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    """Freeze what is not trained; returns the model, LoRA wrapped around it or not, and groups."""
+    model.requires_grad_(config.train == "full")
+    handle.gates.requires_grad_(config.sparsity > 0.0)
+    if config.train == "lora":
+        torch.manual_seed(config.seed)
+        model = adapter.wrap(model, config.lora_rank)
+    if config.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    groups = []
+    gates = [p for p in handle.gates.parameters() if p.requires_grad]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    if gates:
+        groups.append({"params": gates, "rate": "gate_lr"})
+    if weights:
+        groups.append({"params": weights, "rate": "lr"})
+    return model, groups
+
+
+def _finish(
+    run: _Run,
+    model: PreTrainedModel,
+    handle: Handle,
+    tokenizer: PreTrainedTokenizerBase,
+    valid: Tensor,
+    out: Path,
+    force: bool,
+    on_phase: OnPhase,
+) -> None:
+    """Calibrate, merge LoRA, write the folder with the adapter, clear the state away."""
+    config = run.config
+    model.train(False)
+    prune = handle.config
+    if config.sparsity > 0.0:
+        most = levels_module.ceiling(prune, config.context)
+        asked = [s for s in {*levels_module.STANDARD, config.sparsity} if s < most]
+        prune = dataclasses.replace(
+            prune,
+            levels=divide(model, valid, calibrate(model, valid, asked, on_phase), on_phase),
+            tuned=config.sparsity,
+            context=config.context,
+        )
+        bonus = weigh(model, valid, prune, on_phase)
+        prune = dataclasses.replace(prune, attention_bonus=bonus)
+    on_phase(f"writing {out}")
+    provenance = checkpoint.read_settings(run.source).get("provenance", {})
+    earlier = [*provenance.get("earlier", []), provenance["tune"]] if "tune" in provenance else []
+    provenance = {**provenance, "tune": _told(config), "earlier": earlier}
+    onto = run.source / adapter.FILE if earlier else None
+    with checkpoint.staged(out, force=force) as folder:
+        # An adapter is for published weights; where all of them were tuned before, none can be.
+        if config.train != "full" and (onto is None or onto.is_file()):
+            rank = config.lora_rank if config.train == "lora" else 0
+            file = folder / adapter.FILE
+            adapter.save(file, model, handle.gates, prune, provenance, rank=rank, onto=onto)
+        if config.train == "lora":
+            model = model.merge_and_unload()  # type: ignore[operator]
+        checkpoint.write(folder, model, handle.gates, prune, tokenizer, provenance)
+        run.metrics.copy(folder)
+    shutil.rmtree(run.work)
+
+
+def _told(config: TuneConfig) -> dict[str, Any]:
+    """The run as it is told to others: of its files, the names alone."""
+    told = dataclasses.asdict(config)
+    for name in ("data", "valid"):
+        if told[name] is not None and Path(told[name]).exists():
+            told[name] = Path(told[name]).name
+    return told
+
+
+class _Run:
+    """The resumable state of a run, in its working folder."""
+
+    def __init__(
+        self,
+        work: Path,
+        source: Path,
+        config: TuneConfig,
+        trainee: Trainee,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.work = work
+        self.source = source
+        self.config = config
+        self.optimizer = optimizer
+        self.metrics = Metrics(work)
+        self.seconds = 0.0  # spent on steps so far
+        self._trained = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
+
+    def begin(self, step: int) -> None:
+        """Open the working folder: an empty one at step 0."""
+        if step == 0:
+            shutil.rmtree(self.work, ignore_errors=True)
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CtxpruneError(f"`{self.work}` cannot be made: {error.strerror}") from error
+        self.metrics.begin(step)
+
+    def save(self, step: int) -> None:
+        """Write parameters and optimizer state, replacing the previous file atomically."""
+        tensors = {f"parameter/{n}": p.detach().clone() for n, p in self._trained.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
+        about = {"step": str(step), "seconds": str(self.seconds), "run": self._identity()}
+        temporary = self.work / f"{STATE}.tmp"
+        try:
+            save_file(tensors, temporary, metadata=about)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(self.work / STATE)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            if checkpoint.is_disk_full(error):
+                raise CtxpruneError(
+                    f"no space left for the state in `{self.work}`", "free some, then `--resume`"
+                ) from error
+            raise
+
+    def restore(self) -> int:
+        """Load the saved state; returns the number of steps done."""
+        path = self.work / STATE
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CtxpruneError(f"`{path}` is damaged", "start again without `--resume`") from error
+        if about["run"] != self._identity():
+            raise CtxpruneError(
+                "the interrupted run had other settings, so it cannot be resumed with these",
+                "repeat its options exactly, or start again without `--resume`",
+            )
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(tensors[f"parameter/{name}"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                state.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.seconds = float(about["seconds"])
+        return int(about["step"])
+
+    def _identity(self) -> str:
+        return json.dumps({"source": str(self.source.resolve()), **dataclasses.asdict(self.config)})
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into an event, so that a step is never cut in half.
+
+    A second Ctrl-C stops at once. Outside the main thread signals are left alone.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def note(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
