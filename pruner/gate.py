@@ -8,7 +8,6 @@ docs/method.md says where we depart from them.
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -110,25 +109,6 @@ def log_used(received: Tensor, size: Tensor) -> Tensor:
     return used.clamp_min(torch.finfo(used.dtype).tiny).log()
 
 
-def window_of(sparsity: float, context: int) -> float:
-    """Width w of the local window that drops the share `sparsity` of the pairs j < k < context.
-
-    A query sees min(k, w) earlier tokens: w n - w (w + 1) / 2 pairs of n (n - 1) / 2.
-    """
-    pairs = (1.0 - sparsity) * context * (context - 1) / 2.0
-    half = context - 0.5
-    return half - math.sqrt(max(half * half - 2.0 * pairs, 0.0))
-
-
-def sparsity_of(window: float, context: int) -> float:
-    """Share of the pairs j < k < context that a window of this width drops: inverse of the above.
-
-    The window is at most the context.
-    """
-    window = min(window, context - 1.0)
-    return 1.0 - window * (2 * context - window - 1) / (context * (context - 1))
-
-
 def free_pairs(
     query_position: Tensor, row_position: Tensor, protect_first: int, protect_recent: int
 ) -> Tensor:
@@ -167,6 +147,17 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.tensor(0.0))
         nn.init.normal_(self.query.weight, std=hidden_size**-0.5)
         nn.init.zeros_(self.key.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Gate:
+        """Move with the model, but stay float32 at least: `.to(bfloat16)` is for its weights."""
+
+        def wide(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            narrow = torch.promote_types(moved.dtype, torch.float32) != moved.dtype
+            return tensor.to(moved.device) if narrow else moved
+
+        super()._apply(wide, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def interact(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Interaction query and key, each (b, n, r), of hidden states (b, n, hidden_size).

@@ -86,7 +86,8 @@ def generate(
     write: Any = model.generate
     began = time.monotonic()
     contexts = [length for length in lengths for _ in range(copies)]
-    with handle.fitted(contexts), handle.measure() as usage:
+    prompts = [length - config.max_new_tokens for length in contexts]
+    with handle.running(handle.at(contexts, prompts)), handle.measure() as usage:
         if on_memory is not None:
             cache = handle.cache(record=True)
             options["past_key_values"] = cache
@@ -102,7 +103,7 @@ def generate(
         0.0 if held is None else held.rows,
         0 if held is None else held.nbytes,
         0 if held is None else held.dense_nbytes,
-        usage.capped,
+        usage.capped_share,
     )
 
 

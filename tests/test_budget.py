@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from ctxprune.pruner.budget import FEW, Budget
-from ctxprune.pruner.gate import sparsity_of
+from ctxprune.pruner.rows import FEW, Budget, sparsity_of
 
 # Many, so that rounding up in some layers and down in others cancels out.
 EVEN = (1.0,) * 300

@@ -23,8 +23,7 @@ from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.engine import soft as soft_module
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.handle import Handle, attach, new_gates
-from ctxprune.pruner.engine.soft import SoftAttention
-from ctxprune.pruner.levels import Level, prior
+from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
 
 POLICIES = policies.names()
 DTYPES = {"float32": (torch.float32, 2e-4), "float64": (torch.float64, 1e-10)}
@@ -202,7 +201,7 @@ def test_eviction_is_the_ranking_written_out(family: str, bonus: float) -> None:
     ids = random_ids(2, LENGTH)
     soft = Noting(Level(prior(0.8, LENGTH)), margin_alone(handle), hard=True)
     soft.scores = {}
-    with handle.training(soft):
+    with handle.running(soft):
         logits_of(model, ids, use_cache=False)
     handle.use("gate", 0.8, context=LENGTH)
     assert handle.policy is not None and handle.policy.budget is not None
@@ -226,7 +225,7 @@ def test_training_with_hard_decisions_is_inference(family: str) -> None:
     level = Level(prior(0.8, LENGTH), 1e3)
     soft = SoftAttention(level, margin_alone(handle), hard=True)
     soft.scores = {}
-    with handle.training(soft):
+    with handle.running(soft):
         parallel = logits_of(model, ids, use_cache=False)
     handle.use("gate", 1e-9, context=LENGTH)
     cache = handle.cache()
@@ -257,7 +256,7 @@ def test_training_sees_the_bonus_of_inference(
         config = replace(handle.config, attention_bonus=bonus)
         soft = SoftAttention(level, config, hard=True)
         soft.scores = {}
-        with handle.training(soft):
+        with handle.running(soft):
             logits_of(model, ids, use_cache=False)
         scores.append(soft.scores)
     handle.use("gate", 1e-9, context=LENGTH)

@@ -2,10 +2,8 @@
 
 import pytest
 
-from ctxprune.pruner.budget import FEW
 from ctxprune.pruner.config import PruneConfig
-from ctxprune.pruner.gate import sparsity_of, window_of
-from ctxprune.pruner.levels import layer_windows
+from ctxprune.pruner.rows import FEW, layer_windows, sparsity_of, window_of
 
 LOW, HIGH = (0.8, 0.5, 0.2), (0.3, 0.2, 0.1)
 CONFIG = PruneConfig(context=1024, levels={0.5: LOW, 0.8: HIGH})

@@ -17,8 +17,8 @@ from test_soft import written_out
 from ctxprune.pruner.checkpoints.checkpoint import GATES, load
 from ctxprune.pruner.config import PruneConfig, TuneConfig
 from ctxprune.pruner.engine.handle import Handle, handle_of
+from ctxprune.pruner.engine.soft import Level, prior
 from ctxprune.pruner.errors import Interrupted
-from ctxprune.pruner.levels import Level, prior
 from ctxprune.pruner.training.local import LocalAttention
 from ctxprune.pruner.training.metrics import METRICS
 from ctxprune.pruner.training.objective import local_loss, sparsity_penalty

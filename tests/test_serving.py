@@ -13,7 +13,6 @@ from conftest import FAMILIES
 from test_laws import POLICIES, logits_of, pruning_model, random_ids
 from transformers import PreTrainedTokenizerFast
 
-from ctxprune.pruner.budget import cap_period
 from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.checkpoints.convert import convert
 from ctxprune.pruner.config import GenerateConfig
@@ -23,6 +22,7 @@ from ctxprune.pruner.engine.handle import Handle
 from ctxprune.pruner.engine.table import TIDY_EVERY, Table
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.generation import generate
+from ctxprune.pruner.rows import cap_period
 
 matrix = pytest.mark.parametrize("family", FAMILIES)
 every_policy = pytest.mark.parametrize("policy", POLICIES)

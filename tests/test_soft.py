@@ -12,7 +12,7 @@ from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.engine import soft as soft_module
 from ctxprune.pruner.engine.soft import SoftAttention, soft_attend
 from ctxprune.pruner.gate import Gate, free_pairs, log_survival, margin
-from ctxprune.pruner.levels import Level
+from ctxprune.pruner.rows import Level
 
 HEADS, KEY_HEADS, WIDTH, HIDDEN = 6, 2, 4, 12
 

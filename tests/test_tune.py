@@ -24,7 +24,7 @@ from ctxprune.pruner.checkpoints.checkpoint import GATES, load, load_tokenizer, 
 from ctxprune.pruner.config import TuneConfig
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
-from ctxprune.pruner.gate import sparsity_of
+from ctxprune.pruner.rows import sparsity_of
 from ctxprune.pruner.training.calibrate import TOLERANCE
 from ctxprune.pruner.training.metrics import BOARD, METRICS
 from ctxprune.pruner.training.objective import hardening, learning_rate_factor, sample_level

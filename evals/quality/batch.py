@@ -29,7 +29,7 @@ def last_logits(model: PreTrainedModel, texts: Sequence[Sequence[int]], first: i
     lengths = [len(text) for text in texts]
     ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
     mask = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
-    with torch.inference_mode(), handle_of(model).fitted(lengths):
+    with torch.inference_mode(), handle_of(model).running(handle_of(model).at(lengths)):
         logits: Tensor = model(
             ids.to(model.device),
             attention_mask=mask.long().to(model.device),

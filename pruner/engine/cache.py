@@ -1,57 +1,65 @@
-"""PrunedCache: one table a layer, in the shape that transformers expects of a cache."""
+"""PrunedCache: one page a layer, in the shape that transformers expects of a cache.
+
+It counts the tokens of each sequence on the host, cuts what is read into blocks that end at
+eviction steps, and holds the steps. All sequences of a batch need not have read as much: their
+tokens are shifted so that their steps coincide.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache
-from itertools import cycle
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ctxprune.pruner.budget import cap_period
-from ctxprune.pruner.engine.attend import BLOCK, Cut, Reading, Tally
-from ctxprune.pruner.engine.table import Table
+from ctxprune.pruner.engine.attend import read_block, span, static_step, step
+from ctxprune.pruner.engine.evict import evict
+from ctxprune.pruner.engine.page import New, Page, take
+from ctxprune.pruner.engine.usage import Usage
 from ctxprune.pruner.errors import CtxpruneError
-from ctxprune.pruner.policies import Block, Policy
+from ctxprune.pruner.policies import Policy
+from ctxprune.pruner.rows import OBSERVERS
+
+# Queries a block where no eviction step ends it.
+BLOCK = 128
+NEVER = torch.iinfo(torch.int64).max
 
 
-class PrunedLayer(CacheLayerMixin):
+class PageLayer(CacheLayerMixin):
     """The cache of one layer. Its length is that of the tokens seen, so that positions stay right.
 
-    `update` hands the new keys and values on as they are: `attend` puts them into the table block
-    by block, and evicts between the blocks.
+    `update` hands the new keys and values on as they are: the attention writes them to the page.
     """
 
     is_compileable = False
 
-    def __init__(self) -> None:
+    def __init__(self, cache: PrunedCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.table = Table()
-        self.waiting: list[Block] = []
-        self.seen = 0
+        self.cache = cache
+        self.page: Page | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: the table takes its shape from the first rows."""
+        """Nothing to prepare: the page takes its shape from the first rows."""
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Count the new tokens, and return them alone."""
-        self.is_initialized = True
-        self.seen += key_states.shape[-2]
+        """Return the new keys and values alone."""
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask that a dense cache would need; ours come from the table."""
-        return self.seen + query_length, 0
+        """No length at all: what may be seen is in the page, and no mask has to be made."""
+        return 0, 0
 
     def get_seq_length(self) -> int:
-        """Tokens seen, evicted ones included."""
-        return self.seen
+        """Columns read, evicted tokens and padding included."""
+        return self.cache.columns
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -59,13 +67,13 @@ class PrunedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.table, self.waiting, self.seen = Table(), [], 0
-        self.is_initialized = False
+        self.page = None
+        self.cache.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beam."""
-        self.table.reorder(beam_idx)
-        self.waiting = [block.reordered(beam_idx) for block in self.waiting]
+        if self.page is not None:
+            self.page.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: an evicted row cannot come back.
@@ -80,15 +88,47 @@ class PrunedLayer(CacheLayerMixin):
         )
 
 
+@dataclass(frozen=True)
+class Block:
+    """Columns of a pass that are attended to at once.
+
+    Attributes:
+        start, stop: its columns, after the shift of `Schedule`.
+        counts, first: tokens of each sequence in it, and the column of the first one.
+        due: the sequences that reach an eviction step at its end.
+    """
+
+    start: int
+    stop: int
+    counts: list[int]
+    first: list[int]
+    due: list[int]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a layer reads the tokens of a pass.
+
+    Attributes:
+        blocks: one after the other.
+        source: (b, columns) int64, where the token of each column stands in the pass; None: there.
+        back: (b, n) int64, the column of each token of the pass; None: the same.
+    """
+
+    blocks: list[Block]
+    source: Tensor | None
+    back: Tensor | None
+
+
 class PrunedCache(Cache):
-    """A KV cache whose rows leave when the policy drops them.
+    """A KV cache whose rows leave when the policy says so.
 
     Args:
-        policy: decides. layers: of the model. block: queries that are attended to at once.
-        max_rows: cap on the rows of a sequence in a layer, which holds at every moment.
-        tally: counts what it attends to. record: also keep `expires`, a (b, n) int64 tensor a
+        policy: decides. layers: of the model. dial: what was asked for, in words.
+        block: queries that are attended to at once at most.
+        usage: counts what it attends to. record: also keep `expires`, a (b, n) int64 tensor a
             layer: the position of the first query that does not see token j any more, or the
-            largest int64 if all do.
+            largest int64 if all do. scored: it serves a single pass, and no caller sees it.
     """
 
     def __init__(
@@ -96,157 +136,315 @@ class PrunedCache(Cache):
         policy: Policy,
         layers: int,
         *,
+        dial: str = "",
         block: int = BLOCK,
-        max_rows: int | None = None,
-        tally: Tally | None = None,
+        usage: Usage | None = None,
         record: bool = False,
+        scored: bool = False,
     ) -> None:
-        super().__init__(layers=[PrunedLayer() for _ in range(layers)])
+        super().__init__(layers=[PageLayer(self) for _ in range(layers)])
         self.policy = policy
+        self.dial = dial
         self.block = block
-        self.max_rows = max_rows
-        self.tally = tally
-        self.reading: Reading | None = None
-        self.tokens: Tensor | None = None
-        self._counts: list[int] = []  # `tokens` as the host knows them, so that it need not ask
+        self.usage = usage
+        self.scored = scored
+        self.columns = 0
+        self.seen: list[int] = []
         self.expires: list[Tensor] | None = [] if record else None
+        self._static = False
+        self._scale: list[float] = [1.0] * layers
+        self._begun = 0  # columns of the pass that runs
+        self._single = False
+        self._real: list[tuple[int, ...] | range] = []
+        self._schedules: dict[tuple[int, ...], Schedule] = {}
+        self._places: Tensor | None = None
 
-    def advance(self, batch: int, length: int, mask: Tensor | None, device: torch.device) -> None:
-        """Give positions to the `length` tokens of the forward pass that begins, and cut it up.
+    @classmethod
+    def adopt(cls, other: Cache, like: PrunedCache) -> PrunedCache:
+        """Make a caller's empty cache a pruned one: the object that the caller holds is filled."""
+        other.__class__ = cls
+        other.__dict__.clear()
+        other.__dict__.update(like.__dict__)
+        assert isinstance(other, PrunedCache)
+        for layer in other.layers:
+            layer.cache = other  # type: ignore[union-attr]
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedCache:
+        """A copy with pages of its own; policy and usage are shared."""
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            shared = name in ("policy", "usage")
+            twin.__dict__[name] = value if shared else copy.deepcopy(value, memo)
+        return twin
+
+    def forget(self) -> None:
+        """Be as new."""
+        self.columns, self.seen = 0, []
+        if self.expires is not None:
+            self.expires = []
+
+    def begin(self, batch: int, length: int, mask: Tensor | None, *, static: bool = False) -> None:
+        """Get ready for a forward pass of `length` columns.
 
         Args:
-            mask: (b, at least length) of 1 for real tokens and 0 for padding; None: all real.
+            mask: (b, length) of 1 for real tokens and 0 for padding; None: all real.
+            static: single tokens are placed by counts on the device (`attend.static_step`).
         """
-        if self.tokens is None:
-            self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-            self._counts = [0] * batch
-        position = self.tokens[:, None] + torch.arange(length, device=device)
-        padded = mask is not None and not bool(mask[:, -length:].all())
-        if mask is not None and padded:
-            real = mask[:, -length:].to(torch.int64)
-            position = self.tokens[:, None] + real.cumsum(dim=1) - 1
-            position = position.masked_fill(real == 0, -1)
-            self.tokens = self.tokens + real.sum(dim=1)
-            places: list[Sequence[int]] = [tuple(row) for row in position.tolist()]
-            self._counts = self.tokens.tolist()
-        else:
-            self.tokens = self.tokens + length
-            places = [range(count, count + length) for count in self._counts]
-            self._counts = [count + length for count in self._counts]
-        seen = self.get_seq_length() + length
-        blocks = self._cut(places, length)
-        self.reading = Reading(position, seen, padded, blocks, self.max_rows, self.tally)
+        if not self.seen:
+            self.seen = [0] * batch
+        if len(self.seen) != batch:
+            raise CtxpruneError(f"this cache holds {len(self.seen)} sequences, not {batch}")
+        self._begun = length
+        self._real = [range(length)] * batch
+        if mask is not None:
+            self._real = [tuple(row.nonzero()[0].tolist()) for row in mask.cpu().numpy()]
+        padded = not all(map(len, self._real))
+        self._single = length == 1 and not (padded and not self.pages)
         if self.expires is not None:
-            self._lengthen_record(int(self.tokens.max()))
+            pairs = zip(self.seen, self._real, strict=True)
+            self._lengthen_record(max(seen + len(real) for seen, real in pairs))
+        self._schedules = {}
+        if self._single:
+            self._prepare_step(static)
 
-    def layer(self, layer: int) -> PrunedLayer:
-        """The cache of one layer."""
-        pruned = self.layers[layer]
-        assert isinstance(pruned, PrunedLayer)
-        return pruned
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float
+    ) -> Tensor:
+        """Attend to the rows held, and let others go while a prompt is read.
 
-    def table(self, layer: int) -> Table:
-        """The rows that layer still holds."""
-        return self.layer(layer).table
+        Args:
+            query: (b, h, n, d); key, value: (b, h_kv, n, d), rotated already, of n new tokens.
+            hidden: (b, n, hidden_size), the input of the attention module.
 
-    def tables(self) -> list[Table]:
-        """All tables, in layer order."""
-        return [self.table(layer) for layer in range(len(self.layers))]
+        Returns:
+            (b, h, n, d) of query's dtype; arbitrary but finite at padding.
+        """
+        policy = self.policy
+        with span("gate"):
+            features = policy.annotate(layer, hidden)
+        new = New(key, value, query if policy.watches else None, features)
+        page = self.page(layer)
+        if page is None:
+            page = self._open(layer, new)
+        self._scale[layer] = scale
+        if not self._single:
+            return self._read(layer, page, new, query)
+        if self._places is None:
+            return step(page, new, query, scale)
+        stop = None if self._static else max(page.used) + 1
+        return static_step(page, new, query, scale, self._places[layer], stop)
+
+    def finish(self) -> None:
+        """End a forward pass: single tokens are counted, and the steps that are due are held."""
+        if self._single:
+            for layer in range(len(self.layers)):
+                self._count_step(layer)
+        self.seen = [n + len(real) for n, real in zip(self.seen, self._real, strict=True)]
+        if self._single:
+            for layer in range(len(self.layers)):
+                self._evict(layer, [i for i, real in enumerate(self._real) if real], self.seen)
+        self.columns += self._begun
+
+    def page(self, layer: int) -> Page | None:
+        """The page of a layer, None before its first token."""
+        of_layer = self.layers[layer]
+        assert isinstance(of_layer, PageLayer)
+        return of_layer.page
+
+    @property
+    def pages(self) -> list[Page]:
+        """All pages, in layer order."""
+        return [page for layer in range(len(self.layers)) if (page := self.page(layer))]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all columns of all layers, free slots included."""
-        return sum(table.nbytes for table in self.tables())
+        """Bytes of all pages: rows, free slots, the policy's columns, waiting queries."""
+        return sum(page.nbytes for page in self.pages)
 
     @property
     def dense_nbytes(self) -> int:
         """Bytes of the keys and values that a dense cache would hold for the tokens seen."""
-        if self.tokens is None:
-            return 0
-        widest = int(self.tokens.max()) * len(self.tokens)
-        return sum(table.dense_row_nbytes for table in self.tables()) * widest
+        tokens = max(self.seen, default=0) * len(self.seen)
+        return sum(page.row_nbytes for page in self.pages) * tokens
+
+    @property
+    def rows(self) -> float:
+        """Rows that a layer holds of a sequence, the mean over layers and sequences."""
+        used = [rows for page in self.pages for rows in page.used]
+        return sum(used) / len(used) if used else 0.0
 
     @property
     def sparsity(self) -> float:
         """Share of the tokens seen that are gone, over layers and sequences."""
-        if self.tokens is None:
-            return 0.0
-        seen = int(self.tokens.sum())
-        return 1.0 - self.rows * len(self.tokens) / seen if seen else 0.0
+        seen = sum(self.seen)
+        return 1.0 - self.rows * len(self.seen) / seen if seen else 0.0
 
-    @property
-    def rows(self) -> float:
-        """Rows that a layer holds of a sequence, on average."""
-        if self.tokens is None:
-            return 0.0
-        held = sum(int(table.rows().sum()) for table in self.tables())
-        return held / (len(self.layers) * len(self.tokens))
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Rows and counts follow their beam."""
-        super().reorder_cache(beam_idx)
-        if self.tokens is not None:
-            self.tokens = self.tokens.index_select(0, beam_idx)
-            same = len(set(self._counts)) == 1
-            self._counts = self._counts[:1] * len(beam_idx) if same else self.tokens.tolist()
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows and counts follow their beam, beam_idx (b',) int64."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        if self.seen:
+            self.seen = [self.seen[i] for i in beam_idx.tolist()]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """These sequences alone, indices (b',) int64."""
-        self.reorder_cache(indices)  # type: ignore[arg-type]
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence `repeats` times."""
-        if self.tokens is not None:
-            every = torch.arange(len(self.tokens), device=self.tokens.device)
-            self.batch_select_indices(every.repeat_interleave(repeats))
+        if self.seen:
+            self.reorder_cache(torch.arange(len(self.seen)).repeat_interleave(repeats))
 
-    def expiry(self, layer: int) -> Tensor | None:
-        """The record of a layer, (b, n) int64, or None where none is kept."""
-        return None if self.expires is None else self.expires[layer]
+    def _open(self, layer: int, new: New) -> Page:
+        """The page of a layer, made for all that it will ever hold, as far as that is known."""
+        rows, batch = self.policy.rows, new.key.shape[0]
+        longest = max(map(len, self._real))
+        if rows is None:
+            page = Page(New(new.key, new.value, None, None), longest, 0, {})
+        else:
+            limits = [rows.limit(layer, i) for i in range(batch)]
+            waiting = max(rows.interval(layer, i) for i in range(batch))
+            if rows.prompted:
+                limits += [rows.prompt(i) for i in range(batch)]
+                waiting = max(waiting, OBSERVERS)
+            slots = max(longest if limit is None else limit for limit in limits)
+            page = Page(new, slots, waiting, self.policy.columns)
+        of_layer = self.layers[layer]
+        assert isinstance(of_layer, PageLayer)
+        of_layer.page = page
+        return page
 
-    def _cut(self, places: Sequence[Sequence[int]], length: int) -> tuple[tuple[Cut, ...], ...]:
-        """The blocks of each layer, see `Reading`."""
-        cap = [] if self.max_rows is None else [(cap_period(self.max_rows),)]
+    def _prepare_step(self, static: bool) -> None:
+        """Choose how single tokens are placed: by numbers of the host, or by counts on the device."""
+        pages = self.pages
+        for page in pages:
+            page.grow(max(page.used) + 1)
+        even = all(self._real) and all(_alike(page.used) and _alike(page.settled) for page in pages)
+        self._static = static and bool(pages)
+        if even and not self._static:
+            self._places = None
+            return
+        places = torch.tensor([[self._slots(page), self._waits(page)] for page in pages])
+        if self._places is None or self._places.shape != places.shape:
+            self._places = torch.empty_like(places, device=pages[0].key.device)
+        # In place: a captured graph reads this very memory.
+        self._places.copy_(places)
 
-        @cache
-        def blocks(periods: tuple[int, ...]) -> tuple[Cut, ...]:
-            borders = {end for some in (*cap, periods) for end in _borders(places, some)}
-            return _blocks(length, self.block, borders)
+    def _slots(self, page: Page) -> list[int]:
+        pairs = zip(page.used, self._real, strict=True)
+        return [used if real else page.slots for used, real in pairs]
 
-        budget = self.policy.budget
-        return tuple(map(blocks, [()] * len(self.layers) if budget is None else budget.periods))
+    def _waits(self, page: Page) -> list[int]:
+        triples = zip(page.used, page.settled, self._real, strict=True)
+        last = page.waiting or 0
+        return [used - settled if real else last for used, settled, real in triples]
+
+    def _read(self, layer: int, page: Page, new: New, query: Tensor) -> Tensor:
+        """Attend block by block, with the eviction steps in between."""
+        schedule = self._schedule(layer, query.device)
+        if schedule.source is not None:
+            new, query = new.taken(schedule.source), take(query, schedule.source)
+        seen, outputs = list(self.seen), []
+        for block in schedule.blocks:
+            part = slice(block.start, block.stop)
+            out = read_block(
+                page,
+                new.part(block.start, block.stop),
+                query[:, :, part],
+                self._scale[layer],
+                block.counts,
+                block.first,
+            )
+            outputs.append(out)
+            for i, count in enumerate(block.counts):
+                if self.usage is not None:
+                    self.usage.read(count, seen[i], page.used[i])
+                page.used[i] += count
+                seen[i] += count
+            self._evict(layer, block.due, seen)
+        joined = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+        return joined if schedule.back is None else take(joined, schedule.back)
+
+    def _schedule(self, layer: int, device: torch.device) -> Schedule:
+        """The blocks of a layer; layers whose steps coincide share one."""
+        rows, batch = self.policy.rows, len(self.seen)
+        key = () if rows is None else tuple(rows.interval(layer, i) for i in range(batch))
+        if key not in self._schedules:
+            self._schedules[key] = self._cut(layer, device)
+        return self._schedules[key]
+
+    def _cut(self, layer: int, device: torch.device) -> Schedule:
+        rows, counts = self.policy.rows, [len(real) for real in self._real]
+        steps: list[list[int]] = [[] for _ in counts]
+        lead = [0] * len(counts)
+        if rows is not None:
+            until = [rows.step(layer, i, seen) - seen for i, seen in enumerate(self.seen)]
+            # The first steps of all sequences fall on one column, and so do all others as a rule.
+            lead = [max(until) - first for first in until]
+            for i, seen in enumerate(self.seen):
+                at = until[i]
+                while at <= counts[i]:
+                    steps[i].append(lead[i] + at)
+                    at = rows.step(layer, i, seen + at) - seen
+        last = max(start + count for start, count in zip(lead, counts, strict=True))
+        ends = sorted({end for some in steps for end in some} | {last})
+        blocks, start = [], min(lead)
+        for end in ends:
+            while start < end:
+                stop = min(start + self.block, end)
+                due = [i for i, some in enumerate(steps) if stop in some]
+                first = [max(begin - start, 0) for begin in lead]
+                within = [
+                    max(min(begin + count, stop) - max(begin, start), 0)
+                    for begin, count in zip(lead, counts, strict=True)
+                ]
+                blocks.append(Block(start, stop, within, first, due))
+                start = stop
+        if _alike(lead) and set(counts) == {self._begun}:
+            return Schedule(blocks, None, None)
+        source = torch.zeros(len(counts), last, dtype=torch.int64)
+        back = torch.zeros(len(counts), self._begun, dtype=torch.int64)
+        for i, real in enumerate(self._real):
+            where = torch.tensor(real, dtype=torch.int64)
+            source[i, lead[i] : lead[i] + len(where)] = where
+            back[i, where] = torch.arange(len(where)) + lead[i]
+        return Schedule(blocks, source.to(device), back.to(device))
+
+    def _count_step(self, layer: int) -> None:
+        page = self.page(layer)
+        assert page is not None
+        for i, real in enumerate(self._real):
+            if real and self.usage is not None:
+                self.usage.read(1, self.seen[i], page.used[i])
+            page.used[i] += len(real)
+
+    def _evict(self, layer: int, due: Sequence[int], seen: Sequence[int]) -> None:
+        """Hold the step of those sequences of a layer that have reached one."""
+        rows, page = self.policy.rows, self.page(layer)
+        assert page is not None
+        if rows is None:
+            return
+        members = [i for i in due if rows.step(layer, i, seen[i] - 1) == seen[i]]
+        if not members:
+            return
+        if self.usage is not None and rows.room is not None:
+            self.usage.steps += len(members)
+            self.usage.capped += sum(page.used[i] > rows.room for i in members)
+        stay = [rows.after(layer, i, seen[i]) for i in members]
+        record = None if self.expires is None else self.expires[layer]
+        read = [seen[i] for i in members]
+        with span("policy"):
+            evict(page, self.policy, layer, members, read, stay, self._scale[layer], record)
+        if rows.prompted and all(n >= rows.prompt(i) for i, n in enumerate(seen)):
+            limits = [rows.limit(layer, i) or page.slots for i in range(len(seen))]
+            page.resize(max(limits), max(rows.interval(layer, i) for i in range(len(seen))))
 
     def _lengthen_record(self, total: int) -> None:
-        assert self.expires is not None and self.tokens is not None
-        if not self.expires:
-            self.expires = [self.tokens.new_zeros(len(self.tokens), 0) for _ in self.layers]
-        for layer, old in enumerate(self.expires):
-            never = torch.iinfo(torch.int64).max
-            grown = old.new_full((old.shape[0], total), never)
-            grown[:, : old.shape[1]] = old
-            self.expires[layer] = grown
+        assert self.expires is not None
+        old = self.expires or [torch.empty(len(self.seen), 0, dtype=torch.int64)] * len(self.layers)
+        self.expires = [F.pad(of, (0, total - of.shape[1]), value=NEVER) for of in old]
 
 
-def _borders(places: Sequence[Sequence[int]], periods: Sequence[int]) -> Iterator[int]:
-    """Ends of blocks at which some sequence has read a `period`-th token.
-
-    Args:
-        places: position of each token, -1 for padding, sequence by sequence.
-        periods: of each sequence, or one for all.
-    """
-    for place, period in set(zip(places, cycle(periods), strict=False)):
-        if isinstance(place, range):
-            yield from range(period - place.start % period, len(place) + 1, period)
-        else:
-            yield from (at + 1 for at, p in enumerate(place) if p >= 0 and (p + 1) % period == 0)
-
-
-def _blocks(length: int, block: int, borders: set[int]) -> tuple[Cut, ...]:
-    """Blocks of at most `block` queries that end at every border."""
-    blocks, start = [], 0
-    for end in sorted(borders | {length}):
-        while start < end:
-            stop = min(start + block, end)
-            blocks.append((start, stop, stop in borders))
-            start = stop
-    return tuple(blocks)
+def _alike(numbers: Sequence[int]) -> bool:
+    return len(set(numbers)) == 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ctxprune.pruner.engine.attend import grouped_sdpa
@@ -61,11 +62,12 @@ class DenseLayer(DynamicLayer):
         self.storage = [None, None]
 
 
-class DenseCache(Cache):
+class DenseCache(DynamicCache):
     """What a model at sparsity 0 generates with: every token stays, in tensors written in place."""
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=DenseLayer)
+        super().__init__()
+        self.layer_class_to_replicate = DenseLayer
 
     @property
     def nbytes(self) -> int:

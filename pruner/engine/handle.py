@@ -1,100 +1,76 @@
-"""The engine in a model: hooks that let a transformers model evict while it reads and writes.
+"""The handle of a model: what it drops, and how that is told to a forward pass.
 
-`attach` gives a loaded model a `Handle` as `model.ctxprune`. Nothing in the model's own modules
-or weights changes: with the engine off it runs its own attention, bit for bit.
+`attach` gives a loaded model a `Handle` as `model.ctxprune`, and its gates as submodules. With
+nothing chosen the model runs its own attention, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from torch import nn
+from transformers import PreTrainedModel
 
 from ctxprune.pruner import policies
 from ctxprune.pruner.config import PruneConfig, check_max_rows, check_sparsity
-from ctxprune.pruner.engine.attend import BLOCK, Tally, attend
-from ctxprune.pruner.engine.cache import PrunedCache
-from ctxprune.pruner.engine.dense import DenseCache, dense_attention
-from ctxprune.pruner.engine.soft import SoftAttention
+from ctxprune.pruner.engine import hooks
+from ctxprune.pruner.engine.cache import BLOCK, PrunedCache
+from ctxprune.pruner.engine.dense import DenseCache
+from ctxprune.pruner.engine.modes import Evict, Mode, Off
+from ctxprune.pruner.engine.usage import Usage
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.families import Family, family_of
 from ctxprune.pruner.gate import Gate
+from ctxprune.pruner.rows import PROTOCOLS
 
-NAME = "ctxprune"
-OFF = "ctxprune-off"
 DENSE = "sdpa"
-
-
-class Usage:
-    """What the model attended to while it was measured."""
-
-    def __init__(self) -> None:
-        self.tally = Tally()
-        self.cache_sparsities: list[tuple[float, int]] = []
-
-    @property
-    def pairs(self) -> int:
-        """Pairs (j < k), over layers and sequences."""
-        return int(self.tally.pairs)
-
-    @property
-    def evicted(self) -> int:
-        """Pairs whose token j was gone when query k looked."""
-        return self.pairs - int(self.tally.kept)
-
-    @property
-    def sparsity(self) -> float:
-        """Share of the earlier tokens that were gone when a query looked (design: hard I)."""
-        return self.evicted / self.pairs if self.pairs else 0.0
-
-    @property
-    def capped(self) -> float:
-        """Share of the times that the cap on rows was asked at which it made some leave."""
-        borders = int(self.tally.borders)
-        return int(self.tally.capped) / borders if borders else 0.0
-
-    @property
-    def cache_sparsity(self) -> float:
-        """Share of the tokens that were gone at the end of their text, weighted by tokens."""
-        total = sum(tokens for _, tokens in self.cache_sparsities)
-        return sum(s * n for s, n in self.cache_sparsities) / total if total else 0.0
-
-
-@dataclass
-class _Call:
-    """What the attention function needs to know of the module it runs in, noted by a hook."""
-
-    handle: Handle
-    layer: int
-    hidden: Tensor | None = None
-    cache: PrunedCache | None = None
+GATES = "ctxprune_gates"
+# What `running` and `measure` say holds for the code inside them alone, also among threads.
+_modes: ContextVar[tuple[tuple[int, Mode], ...]] = ContextVar("modes", default=())
+_usages: ContextVar[tuple[tuple[int, Usage], ...]] = ContextVar("usages", default=())
 
 
 class Handle:
-    """The switch of a model: which policy it runs, at which sparsity."""
+    """What a model drops: a policy and a sparsity, chosen by `use`, or by `running` for a while.
 
-    def __init__(
-        self, model: PreTrainedModel, family: Family, gates: nn.ModuleList, config: PruneConfig
-    ) -> None:
+    Attributes:
+        config: of the model. positions: that it has learned; None: any number.
+        sparsity, max_rows, evict: as chosen. static: single tokens are placed by counts on the
+            device, so that a compiled step serves all of them. block: queries a pass of attention.
+        last_cache: the last one that was made.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family, config: PruneConfig) -> None:
         self.family = family
-        self.gates = gates
         self.config = config
-        self.policy: policies.Policy | None = None
-        self._chosen: str | policies.Policy = "gate"
+        self.model = model
+        self.positions = model.config.max_position_embeddings if family.bounded else None
         self.sparsity = 0.0
         self.max_rows: int | None = None
-        self.soft: SoftAttention | None = None
-        self.last_cache: PrunedCache | None = None
+        self.evict = PROTOCOLS[0]
+        self.static = False
         self.block = BLOCK
-        self.model = model
-        self._usage: Usage | None = None
-        self._scored: PrunedCache | None = None  # the cache that this forward pass brought itself
+        self.last_cache: PrunedCache | None = None
+        self._policy: str | policies.Policy = "gate"
+        self._compiled: Any = None
+        self._mode: Mode = Off()
+
+    @property
+    def gates(self) -> nn.ModuleList:
+        """The gates in layer order: submodules of the model."""
+        gates = getattr(self.model, GATES)
+        assert isinstance(gates, nn.ModuleList)
+        return gates
+
+    @property
+    def gate_list(self) -> list[Gate]:
+        """The same, typed."""
+        return [gate for gate in self.gates if isinstance(gate, Gate)]
 
     @property
     def levels(self) -> list[float]:
@@ -102,9 +78,18 @@ class Handle:
         return list(self.config.levels)
 
     @property
-    def gate_list(self) -> list[Gate]:
-        """The gates in layer order."""
-        return [gate for gate in self.gates if isinstance(gate, Gate)]
+    def mode(self) -> Mode:
+        """What a forward pass that begins now does."""
+        for owner, mode in reversed(_modes.get()):
+            if owner == id(self):
+                return mode
+        return self._mode
+
+    @property
+    def policy(self) -> policies.Policy | None:
+        """Who decides in a forward pass that begins now; None: nobody."""
+        mode = self.mode
+        return mode.policy if isinstance(mode, Evict) else None
 
     def use(
         self,
@@ -112,57 +97,120 @@ class Handle:
         sparsity: float = 0.0,
         *,
         context: int | Sequence[int] | None = None,
+        prompt: int | Sequence[int] | None = None,
         max_rows: int | None = None,
+        evict: str = PROTOCOLS[0],
     ) -> None:
         """Choose what the following forward passes and generations drop.
 
         Args:
             policy: a name of `policies.names()`, or a policy that was made already.
             sparsity: share of the earlier tokens to drop, in [0, 1). At 0, without a cap, the
-                engine is off and the model computes its own dense attention.
+                model computes its own dense attention.
             context: tokens of the texts to come, for which the sparsity is met: one number, or one
                 a sequence of the batch; None: the context that the model was tuned at.
+            prompt: how many of them are the prompt, where `evict` asks for it; None: all.
             max_rows: cap on the rows of a sequence in a layer, at every moment; None: the one of
                 the model's configuration; 0: none.
+            evict: `reading`: rows leave while a prompt is read; `prompt`: not before its end.
 
         Raises:
             CtxpruneError: unknown policy, sparsity or cap out of range, or gates that were not
                 tuned.
         """
         check_sparsity(sparsity)
-        self.max_rows = self.cap_of(max_rows)
-        self.sparsity = sparsity
-        self._chosen = policy
+        choose("value of evict", evict, PROTOCOLS)
         if isinstance(policy, str):
             choose("policy", policy, policies.names())
-        self.policy = self._policy_for(self.config.context if context is None else context)
-        self._switch()
+        max_rows = self.cap_of(max_rows)
+        if max_rows is not None and evict == "prompt":
+            raise CtxpruneError(
+                "a cap on rows holds at every moment, and a prompt that is read whole breaks it",
+                "give `--evict reading`, or no cap",
+            )
+        before = self._policy, self.sparsity, self.max_rows, self.evict
+        self._policy, self.sparsity, self.max_rows, self.evict = policy, sparsity, max_rows, evict
+        try:
+            self._mode = self.at(self.config.context if context is None else context, prompt)
+        except CtxpruneError:
+            self._policy, self.sparsity, self.max_rows, self.evict = before
+            raise
+
+    def at(self, context: int | Sequence[int], prompt: int | Sequence[int] | None = None) -> Mode:
+        """The mode of what was chosen, for texts of other lengths; arguments as in `use`."""
+        if isinstance(self._policy, policies.Policy):
+            return Evict(self._policy, self.dial)
+        if self.sparsity == 0.0 and self.max_rows is None:
+            return Off()
+        contexts = (context,) if isinstance(context, int) else tuple(context)
+        prompts: tuple[int, ...] = (0,)
+        if self.evict == "prompt":
+            whole = contexts if prompt is None else prompt
+            prompts = (whole,) if isinstance(whole, int) else tuple(whole)
+        request = policies.Request(
+            self.sparsity, contexts, self.config, self.gate_list, self.max_rows, prompts
+        )
+        return Evict(policies.make(self._policy, request), self.dial)
+
+    @property
+    def dial(self) -> str:
+        """What was chosen, in words."""
+        name = self._policy if isinstance(self._policy, str) else type(self._policy).__name__
+        cap = "" if self.max_rows is None else f", at most {self.max_rows} rows"
+        late = ", after the prompt" if self.evict == "prompt" else ""
+        return f"`{name}` at sparsity {self.sparsity:g}{cap}{late}"
 
     @contextmanager
-    def fitted(self, context: int | Sequence[int]) -> Iterator[None]:
-        """Meet the chosen sparsity at another length of text, as `use` has it, inside."""
-        with self.trying(self._policy_for(context)):
-            yield
-
-    @contextmanager
-    def trying(self, policy: policies.Policy | None) -> Iterator[None]:
-        """Run another policy than the chosen one inside; None: the model's own dense attention."""
-        chosen, self.policy = self.policy, policy
-        self._switch()
+    def running(self, mode: Mode) -> Iterator[None]:
+        """Run forward passes in a mode inside: `Off()`, `Evict(policy)` or a `SoftAttention`."""
+        token = _modes.set((*_modes.get(), (id(self), mode)))
         try:
             yield
         finally:
-            self.policy = chosen
-            self._switch()
+            _modes.reset(token)
 
-    def _policy_for(self, context: int | Sequence[int]) -> policies.Policy | None:
-        if isinstance(self._chosen, policies.Policy):
-            return self._chosen
-        if self.sparsity == 0.0 and self.max_rows is None:
-            return None
-        contexts = (context,) if isinstance(context, int) else tuple(context)
-        request = policies.Request(self.sparsity, contexts, self.config, self.gate_list)
-        return policies.make(self._chosen, request)
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Run single tokens through `torch.compile` inside, dense or evicting; prompts as they are.
+
+        Shapes are static: a step is compiled once for a batch, and serves until pages change.
+        """
+        decoder: Any = self.model.base_model
+        eager = decoder.forward
+        if self._compiled is None:
+            self._compiled = torch.compile(eager, dynamic=False)
+        step = self._compiled
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            tokens = kwargs.get("input_ids")
+            tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+            return (step if tokens.shape[1] == 1 else eager)(*args, **kwargs)
+
+        decoder.forward, self.static = forward, True
+        try:
+            yield
+        finally:
+            decoder.forward, self.static = eager, False
+
+    @contextmanager
+    def measure(self) -> Iterator[Usage]:
+        """Add up what all forward passes inside attend to.
+
+        A cache sparsity is noted for every forward pass without a cache of the caller's, that is
+        for every text scored in one pass.
+        """
+        usage = Usage()
+        token = _usages.set((*_usages.get(), (id(self), usage)))
+        try:
+            yield usage
+        finally:
+            _usages.reset(token)
+
+    @property
+    def evicts_every(self) -> int:
+        """Tokens of a sequence between two eviction steps at most; 0 while nothing is evicted."""
+        policy = self.policy
+        return 0 if policy is None or policy.rows is None else policy.rows.longest
 
     def cap_of(self, max_rows: int | None) -> int | None:
         """The cap that a `max_rows` of `use` stands for, None where there is none.
@@ -175,102 +223,24 @@ class Handle:
             check_max_rows(rows, self.config.protect_first + self.config.protect_recent)
         return rows
 
-    @property
-    def evicts_every(self) -> int:
-        """Tokens of a sequence between two evictions at most; 0 while nothing is evicted."""
-        if self.policy is None:
-            return 0
-        budget = self.policy.budget
-        return 1 if budget is None else max(max(periods) for periods in budget.periods)
-
     def cache(self, *, record: bool = False) -> PrunedCache | DenseCache:
         """A fresh cache for what was chosen; `record` as in `PrunedCache`."""
-        if self.policy is None:
-            return DenseCache()
-        return self._pruned_cache(self.policy, record=record)
+        mode = self.mode
+        return self.new_cache(mode, record=record) if isinstance(mode, Evict) else DenseCache()
 
-    def _pruned_cache(self, policy: policies.Policy, *, record: bool = False) -> PrunedCache:
+    def new_cache(self, mode: Evict, *, record: bool = False, scored: bool = False) -> PrunedCache:
+        """A cache for a mode; scored: no caller brought it, it serves one pass."""
+        usage = next((u for owner, u in reversed(_usages.get()) if owner == id(self)), None)
         self.last_cache = PrunedCache(
-            policy,
+            mode.policy,
             len(self.gates),
+            dial=mode.dial,
             block=self.block,
-            max_rows=self.max_rows,
-            tally=self._usage.tally if self._usage else None,
+            usage=usage,
             record=record,
+            scored=scored,
         )
         return self.last_cache
-
-    @contextmanager
-    def measure(self) -> Iterator[Usage]:
-        """Add up what all forward passes inside attend to.
-
-        A cache sparsity is noted for every forward pass without a cache of the caller's, that is
-        for every text scored in one pass.
-        """
-        assert self._usage is None, "measure() is not reentrant"
-        self._usage = Usage()
-        try:
-            yield self._usage
-        finally:
-            self._usage = None
-
-    @contextmanager
-    def training(self, soft: SoftAttention | None) -> Iterator[None]:
-        """Run forward passes with all pairs at once, as training does; None: dense."""
-        policy, self.policy, self.soft = self.policy, None, soft
-        self._switch()
-        try:
-            yield
-        finally:
-            self.policy, self.soft = policy, None
-            self._switch()
-
-    def _switch(self) -> None:
-        active = self.policy is not None or self.soft is not None
-        self.model.config._attn_implementation = NAME if active else OFF
-
-    def before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hook: see that a pruned forward pass has a cache, and that the cache knows positions."""
-        past = kwargs.get("past_key_values")
-        if self.policy is None:
-            if type(past) is DynamicCache and past.get_seq_length() == 0:
-                kwargs["past_key_values"] = DenseCache()
-            return
-        ids = args[0] if args else kwargs.get("input_ids")
-        tokens = ids if ids is not None else kwargs["inputs_embeds"]
-        batch, length = tokens.shape[:2]
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            raise CtxpruneError("a pruned model takes attention masks of shape (batch, tokens)")
-        if isinstance(past, PrunedCache):
-            cache = past
-        else:
-            if past is not None and past.get_seq_length() > 0:
-                raise CtxpruneError(
-                    "a dense cache cannot be pruned after the fact",
-                    "start from an empty cache, or pass `model.ctxprune.cache()`",
-                )
-            cache = self._pruned_cache(self.policy)
-            kwargs["past_key_values"] = self._scored = cache
-            kwargs["use_cache"] = True
-        if self.family.bounded:
-            limit = self.model.config.max_position_embeddings
-            if cache.get_seq_length() + length > limit:
-                raise CtxpruneError(
-                    f"this model has positions for {limit} tokens, not "
-                    f"{cache.get_seq_length() + length}",
-                    "shorten the text, or use a model with rotary positions",
-                )
-        cache.advance(batch, length, mask, tokens.device)
-        if mask is not None and "position_ids" not in kwargs and cache.get_seq_length() == 0:
-            # Left padding: as `generate` does, count from the first real token.
-            kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp_min(0)
-
-    def after_forward(self) -> None:
-        """Hook: note how much of a text is left at its end."""
-        cache, self._scored = self._scored, None
-        if self._usage is not None and cache is not None and cache.tokens is not None:
-            self._usage.cache_sparsities.append((cache.sparsity, int(cache.tokens.sum())))
 
 
 def attach(model: PreTrainedModel, gates: nn.ModuleList, config: PruneConfig) -> Handle:
@@ -289,17 +259,23 @@ def attach(model: PreTrainedModel, gates: nn.ModuleList, config: PruneConfig) ->
             f"{sorted(widths)} for {len(attentions)} layers of width {hidden_size}",
             "convert the model again",
         )
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-    AttentionInterface.register(OFF, dense_attention)
-    AttentionMaskInterface.register(OFF, sdpa_mask)
-    handle = Handle(model, family, gates, config)
+    dense = str(model.config._attn_implementation).removeprefix(hooks.PREFIX)
+    model.config._attn_implementation = hooks.register(dense)
+    handle = Handle(model, family, config)
+    model.add_module(GATES, gates)
+    # The gates have a file of their own: any other tool loads the folder as a plain dense model.
+    ignored = [
+        *(model._keys_to_ignore_on_save or []),
+        *(f"{GATES}.{n}" for n in gates.state_dict()),
+    ]
+    object.__setattr__(model, "_keys_to_ignore_on_save", ignored)
+    entry = hooks.Entry(handle, model.base_model)
+    model.base_model.register_forward_pre_hook(entry.before, with_kwargs=True)
+    model.base_model.register_forward_hook(entry.after, with_kwargs=True)
     for layer, attention in enumerate(attentions):
-        object.__setattr__(attention, "_ctxprune_call", _Call(handle, layer))
-        attention.register_forward_pre_hook(_note_call, with_kwargs=True)
-    model.register_forward_pre_hook(_model_hook(handle), with_kwargs=True)
-    model.register_forward_hook(lambda *_: handle.after_forward())
+        attention.register_forward_pre_hook(partial(hooks.give_turn, layer), with_kwargs=True)
     object.__setattr__(model, "ctxprune", handle)
+    object.__setattr__(model, "generate", partial(_generate, handle))
     return handle
 
 
@@ -318,66 +294,19 @@ def new_gates(model: PreTrainedModel, config: PruneConfig, seed: int = 0) -> nn.
         return nn.ModuleList(Gate(model.config.hidden_size, config.rank) for _ in range(count))
 
 
-def _model_hook(handle: Handle) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        handle.before_forward(args, kwargs)
-        return args, kwargs
-
-    return hook
-
-
-def _call_of(module: nn.Module) -> _Call:
-    call = module._ctxprune_call
-    assert isinstance(call, _Call)
-    return call
-
-
-def _note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    call = _call_of(module)
-    call.hidden = args[0] if args else kwargs["hidden_states"]
-    cache = kwargs.get("past_key_values")
-    call.cache = cache if isinstance(cache, PrunedCache) else None
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Masks come from the tables, layer by layer."""
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: shapes (b, h, n, d); returns (b, n, h, d)."""
-    call = _call_of(module)
-    handle = call.handle
-    hidden, cache = call.hidden, call.cache
-    call.hidden = call.cache = None
-    assert hidden is not None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if handle.soft is not None:
-        gate = handle.gate_list[call.layer]
-        soft = handle.soft
-        out = soft.attend(module, gate, call.layer, query, key, value, hidden, scale=scale)
-    else:
-        assert cache is not None and cache.reading is not None
-        out = attend(
-            cache.table(call.layer),
-            cache.policy,
-            call.layer,
-            query,
-            key,
-            value,
-            hidden,
-            cache.reading,
-            scale=scale,
-            waiting=cache.layer(call.layer).waiting,
-            expires=cache.expiry(call.layer),
-        )
-    return out.transpose(1, 2).contiguous(), None
+def _generate(handle: Handle, *args: Any, **kwargs: Any) -> Any:
+    """The model's own `generate`, which first refuses a text beyond the learned positions."""
+    model, limit = handle.model, handle.positions
+    inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if limit is not None and inputs is not None:
+        settings = kwargs.get("generation_config") or model.generation_config
+        new = kwargs.get("max_new_tokens", settings.max_new_tokens)
+        longest = kwargs.get("max_length", settings.max_length)
+        total = longest if new is None else inputs.shape[1] + new
+        if total is not None and total > limit + 1:
+            raise CtxpruneError(
+                f"this model has positions for {limit} tokens, and {total} are asked for",
+                "ask for fewer new tokens, or use a model with rotary positions",
+            )
+    own: Any = type(model)
+    return own.generate(model, *args, **kwargs)

@@ -7,6 +7,7 @@ does at inference.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,23 @@ from ctxprune.pruner.gate import (
     no_autocast,
     value_size,
 )
-from ctxprune.pruner.levels import Level
+from ctxprune.pruner.rows import window_of
 
 # Queries a chunk: enough for full speed of the products, few enough to stay in the cache.
 CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Level:
+    """A threshold of the gates: log of the prior's window, and a shift of all scores."""
+
+    log_window: float
+    shift: float = 0.0
+
+
+def prior(sparsity: float, context: int) -> float:
+    """log w of the window that has this sparsity at this context (see `gate.Gate`)."""
+    return math.log(max(window_of(sparsity, context), 1.0))
 
 
 @dataclass

@@ -1,29 +1,27 @@
 """Eviction policies: one file each, found by its name. `make(request)` of that file builds it.
 
-A policy answers one or both of two questions. `keep`: which rows does each query still want? It is
-asked before attention, so a query that drops a token does not see it. `score`: which rows matter
-least? It is asked after attention, once a sequence holds more rows than it may, at borders that
-`budget` or a cap on rows sets. What it goes by is noted by `observe` and `digest`. Everything
-counts in positions, so that one pass, single tokens and any batch decide alike.
+A policy answers one question, `score`: which rows matter least? It is asked at eviction steps, with
+the queries since the last one; what it has to remember of a row it keeps in columns of the page.
+Everything counts in positions, so that one pass, single tokens and any batch decide alike.
 
-Axes: b batch, q queries of the block, r rows of the table that are read, n tokens.
+Axes: s sequences that reached their step, q queries since the last one, r rows, n tokens.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ctxprune.pruner.budget import Budget
+from ctxprune.pruner import rows
 from ctxprune.pruner.config import PruneConfig
-from ctxprune.pruner.engine.table import Table
+from ctxprune.pruner.engine.page import Held, Queries
 from ctxprune.pruner.errors import choose
 from ctxprune.pruner.gate import Gate
+from ctxprune.pruner.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -34,93 +32,64 @@ class Request:
         sparsity: share of the earlier tokens to drop, in [0, 1).
         contexts: lengths of the texts to come, one a sequence, or one for any batch.
         config: of the model; gates: one a layer.
+        max_rows: cap on the rows of a layer, or None.
+        prompts: tokens of each text (or of any) read before rows leave; 0: they leave at once.
     """
 
     sparsity: float
     contexts: tuple[int, ...]
     config: PruneConfig
     gates: Sequence[Gate]
+    max_rows: int | None = None
+    prompts: tuple[int, ...] = (0,)
 
-    def even_budget(self, least: int = 1) -> Budget:
+    def even_rows(self, least: int = 1, longest: int = rows.LONGEST) -> Rows:
         """The same number of rows in every layer; `least` of them are never refused."""
-        return self.budget([(1.0,) * len(self.gates)] * len(self.contexts), least)
+        return self.rows([(1.0,) * len(self.gates)] * len(self.contexts), least, longest)
 
-    def budget(self, shares: Sequence[tuple[float, ...]], least: int) -> Budget:
-        """Rows in these proportions between the layers, for each of the contexts."""
-        device = self.gates[0].bias.device
-        return Budget(self.sparsity, self.contexts, shares, least, device)
+    def rows(
+        self, shares: Sequence[tuple[float, ...]], least: int, longest: int = rows.LONGEST
+    ) -> Rows:
+        """Rows in these proportions between the layers, for each of the contexts.
 
-
-@dataclass(frozen=True)
-class Block:
-    """A block of consecutive queries.
-
-    Attributes:
-        position: (b, q) int64 from the first token of each sequence; -1 for padding.
-        notes: what `Policy.annotate` gave for these tokens, (b, q, width) each.
-        seen: at least the number of tokens that any sequence has seen by now.
-        padded: some of the positions are -1.
-    """
-
-    position: Tensor
-    notes: dict[str, Tensor]
-    seen: int
-    padded: bool
-
-    def reordered(self, index: Tensor) -> Block:
-        """Sequence i is what sequence index[i] was, index (b',) int64."""
-        notes = {name: note.index_select(0, index) for name, note in self.notes.items()}
-        return Block(self.position.index_select(0, index), notes, self.seen, self.padded)
+        Args:
+            least: rows that are never refused. longest: tokens between two eviction steps at most.
+        """
+        if self.sparsity == 0.0:
+            plans = [rows.unlimited(len(self.gates))]
+        else:
+            pairs = zip(self.contexts, shares, strict=True)
+            plans = [rows.plan(self.sparsity, n, share, least, longest) for n, share in pairs]
+        return Rows(plans, self.max_rows, self.prompts)
 
 
 class Policy:
     """Decides which rows stay. This one keeps all; a policy overrides what it needs.
 
     Attributes:
-        columns: the notes that each row of the table has to carry.
-        needs_weights: `observe` wants the attention weights, which are then computed apart.
-        digests: blocks wait until the next border, and are given to `digest`.
-        budget: rows that a sequence may hold, or None: `keep` decides alone.
+        columns: name -> width of what it keeps of each row: a number (1), or a vector.
+        watches: it asks for attention weights, so the queries wait until the next step.
+        rows: that each sequence may hold; None: all, so it is never asked.
     """
 
-    columns: tuple[str, ...] = ()
-    needs_weights = False
-    digests = False
-    budget: Budget | None = None
+    columns: Mapping[str, int] = {}
+    watches = False
+    rows: Rows | None = None
 
-    def annotate(self, layer: int, hidden: Tensor) -> dict[str, Tensor]:
-        """Per-token features (b, n, width) of the attention's input hidden (b, n, hidden_size).
+    def annotate(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Features (b, n, width) of the attention's input (b, n, hidden_size), or None.
 
-        Here: a number a column, at least float32, that starts at 0.
-        """
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        return {name: torch.zeros_like(hidden[..., :1], dtype=dtype) for name in self.columns}
-
-    def keep(self, layer: int, table: Table, block: Block) -> Tensor | None:
-        """(b, q, r) bool, True = query k would keep row j, and always its own; None: all of them.
-
-        `attend` combines the answers along the queries, so that what is dropped stays dropped, and
-        sees to causality and padding: for free slots and later rows any answer will do.
+        They wait beside the queries until the next eviction step.
         """
         return None
 
-    def observe(self, layer: int, table: Table, block: Block, weights: Tensor) -> None:
-        """Note the attention weights (b, q, r), float32, mean over heads, 0 at padded queries."""
+    def fresh(self, column: str) -> float:
+        """What a column holds of a row that no step has seen."""
+        return 0.0
 
-    def digest(self, layer: int, table: Table, block: Block) -> None:
-        """Note what these queries think of the rows; asked once, before the next `score`.
-
-        The block may join several that were read one after the other since the last border.
-        """
-
-    def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
-        """(b, r) floats: the least leave first, among equals the oldest; +inf protects.
-
-        Args:
-            newest: (b, 1) int64, position of each sequence's newest token.
-            limit: (b, 1) int64, rows that are going to stay.
-        """
-        return table.held.double()
+    def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
+        """(s, r) floats: the least leave first, among equals the oldest; +inf protects."""
+        return held.position.double()
 
 
 def names() -> list[str]:

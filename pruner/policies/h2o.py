@@ -1,9 +1,9 @@
 """Heavy hitters: "H2O: Heavy-Hitter Oracle for Efficient Generative Inference", arXiv 2306.14048.
 
-Half of the budget goes to the newest tokens, half to those that gathered the most attention since
-they were read. It differs from the paper in that all heads of a layer share their rows (the mean of
-their attention counts), that the prompt is pruned while it is read, and that eviction happens at
-borders.
+Half of the rows go to the newest tokens, half to those that gathered the most attention since they
+were read. It differs from the paper in that all heads of a layer share their rows (the mean of
+their attention counts), and that eviction happens every few tokens; with `--evict reading` also in
+that the prompt is pruned while it is read.
 """
 
 from __future__ import annotations
@@ -11,29 +11,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ctxprune.pruner.engine.table import Table
-from ctxprune.pruner.policies import Block, Policy, Request
+from ctxprune.pruner.engine.page import Held, Queries
+from ctxprune.pruner.policies import Policy, Request
 
 
 class H2OPolicy(Policy):
     """Keeps the newest rows and those of the largest sum of attention."""
 
-    columns = ("attention",)
-    needs_weights = True
+    columns = {"attention": 1}
+    watches = True
 
     def __init__(self, request: Request) -> None:
-        self.budget = request.even_budget(least=2)
+        self.rows = request.even_rows(least=2)
 
-    def observe(self, layer: int, table: Table, block: Block, weights: Tensor) -> None:
-        """Add up what each row got."""
-        table.vector("attention").add_(weights.sum(dim=1))
-
-    def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
-        """(b, r): the sum of attention; the newer half of the budget is protected."""
-        recent = table.held > newest - limit // 2
-        return table.vector("attention").masked_fill(recent, torch.inf)
+    def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
+        """(s, r): the sum of attention; the newer half of what stays is protected."""
+        attention = held.columns["attention"]
+        attention += queries.received
+        recent = held.position > queries.newest - queries.stay // 2
+        return attention.masked_fill(recent, torch.inf)
 
 
 def make(request: Request) -> H2OPolicy:
-    """H2O within the budget of a sparsity."""
+    """H2O within the rows of a sparsity."""
     return H2OPolicy(request)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ctxprune.pruner.engine.table import Table
+from ctxprune.pruner.engine.page import Held, Queries
 from ctxprune.pruner.policies import Policy, Request
 
 
@@ -18,12 +18,13 @@ class RandomPolicy(Policy):
     def __init__(self, request: Request) -> None:
         self.first = max(request.config.protect_first, 1)
         self.recent = request.config.protect_recent
-        self.budget = request.even_budget(self.first + self.recent)
+        self.rows = request.even_rows(self.first + self.recent)
 
-    def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
-        """(b, r): the token's number in [0, 1)."""
-        protected = (table.held < self.first) | (table.held > newest - self.recent)
-        return draw(table.held, layer).masked_fill(protected, torch.inf)
+    def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
+        """(s, r): the token's number in [0, 1)."""
+        position = held.position
+        protected = (position < self.first) | (position > queries.newest - self.recent)
+        return draw(position, layer).masked_fill(protected, torch.inf)
 
 
 def draw(position: Tensor, layer: int) -> Tensor:
@@ -35,5 +36,5 @@ def draw(position: Tensor, layer: int) -> Tensor:
 
 
 def make(request: Request) -> RandomPolicy:
-    """Random rows within the budget of a sparsity."""
+    """Random rows within those of a sparsity."""
     return RandomPolicy(request)

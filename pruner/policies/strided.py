@@ -1,44 +1,43 @@
 """Strided sparse attention: a window and every c-th token. The second baseline of arXiv 2305.15805.
 
 The "fixed" pattern of "Generating Long Sequences with Sparse Transformers", arXiv 1904.10509: it
-differs in that all heads have the union of both halves of the pattern, and that the window slides
-instead of starting anew every c tokens, since a cache cannot bring back what it dropped.
+differs in that all heads have the union of both halves of the pattern, that the window slides
+instead of starting anew every c tokens, since a cache cannot bring back what it dropped, and that
+rows leave every few tokens.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ctxprune.pruner.engine.table import Table
-from ctxprune.pruner.gate import window_of
-from ctxprune.pruner.policies import Block, Policy, Request
+from ctxprune.pruner.engine.page import Held, Queries
+from ctxprune.pruner.policies import Policy, Request
+from ctxprune.pruner.policies.window import SHORT
+from ctxprune.pruner.rows import window_of
 
 
 class StridedPolicy(Policy):
     """Keeps every `stride`-th token for ever, and a window of the newest.
 
-    Both have half of the share: the stride is 2 / (1 - sparsity), and the window has the width that
-    gives the requested sparsity at the length of the text.
+    The stride is such that the tokens kept for ever take half of the rows at the end of the text.
     """
 
     def __init__(self, request: Request) -> None:
-        share = 1.0 - request.sparsity
-        self.stride = max(2, round(2.0 / share))
-        # Of the tokens outside of the window, 1 in `stride` stays as well.
-        recent = max(share - 1.0 / self.stride, 0.0) / (1.0 - 1.0 / self.stride)
-        widths = [max(1, round(window_of(1.0 - recent, context))) for context in request.contexts]
-        self.widths = torch.tensor(widths, device=request.gates[0].bias.device)[:, None, None]
+        self.rows = request.even_rows(longest=SHORT)
+        strides = [
+            max(2, math.ceil(2 * context / max(window_of(request.sparsity, context), 1.0)))
+            for context in request.contexts
+        ]
+        self.strides = torch.tensor(strides, device=request.gates[0].bias.device)[:, None]
 
-    def keep(self, layer: int, table: Table, block: Block) -> Tensor:
-        """(b, q, r) bool: in the window, or at a multiple of the stride."""
-        row, query = table.held[:, None, :], block.position[:, :, None]
-        return (query - row <= self.widths) | (row % self.stride == 0)
-
-    def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
-        """(b, r): the oldest leave first, the strided ones after all others."""
-        strided = table.held % self.stride == 0
-        return (table.held + torch.where(strided, newest + 1, 0)).double()
+    def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
+        """(s, r): the oldest leave first, the strided ones after all others."""
+        strides = self.strides if len(self.strides) == 1 else self.strides[list(queries.members)]
+        strided = held.position % strides == 0
+        return (held.position + torch.where(strided, queries.newest + 1, 0)).double()
 
 
 def make(request: Request) -> StridedPolicy:

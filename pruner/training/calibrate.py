@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctxprune.pruner.engine.handle import handle_of
-from ctxprune.pruner.engine.soft import SoftAttention
-from ctxprune.pruner.levels import Level, prior
+from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
 
+# Levels that every tuned model is calibrated at, beside the one asked for.
+STANDARD = (0.5, 0.6, 0.7, 0.8, 0.9)
 TOLERANCE = 0.005
 ROUNDS = 5
 # Pairs looked at for a quantile.
@@ -72,7 +73,7 @@ def _measure(
     for window in windows:
         soft = SoftAttention(Level(prior(level, context), shift), handle.config, hard=True)
         soft.scores = {}
-        with handle.training(soft):
+        with handle.running(soft):
             model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
         for layer, score in soft.scores.items():
             pairs = score[0].cpu()[later, earlier]

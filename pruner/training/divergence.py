@@ -12,6 +12,7 @@ from ctxprune.pruner import policies
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.data import spread
 from ctxprune.pruner.engine.handle import handle_of
+from ctxprune.pruner.engine.modes import Evict, Off
 from ctxprune.pruner.training.objective import distillation_loss
 
 # Held-out tokens that each way is tried on, and those a pass.
@@ -54,11 +55,11 @@ def divergences(
             on_phase(f"{doing}, {done / len(windows):.0%}")
         done += len(batch)
         ids = batch.to(model.device)
-        with handle.trying(None):
+        with handle.running(Off()):
             dense = model(ids, use_cache=False).logits
         for way, (level, config) in enumerate(ways):
             request = policies.Request(level, (context,), config, handle.gate_list)
-            with handle.trying(policies.make("gate", request)):
+            with handle.running(Evict(policies.make("gate", request))):
                 pruned = model(ids, use_cache=False).logits
             for index, part in enumerate(parts):
                 divergence = float(distillation_loss(pruned[:, part], dense[:, part]))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctxprune.pruner.config import TuneConfig
-from ctxprune.pruner.gate import sparsity_of
+from ctxprune.pruner.rows import sparsity_of
 
 
 def lm_loss(logits: Tensor, ids: Tensor) -> Tensor:

@@ -33,13 +33,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.pruner import data
-from ctxprune.pruner import levels as levels_module
 from ctxprune.pruner.checkpoints import adapter, checkpoint
 from ctxprune.pruner.config import TuneConfig
 from ctxprune.pruner.engine.handle import Handle, handle_of
-from ctxprune.pruner.engine.soft import SoftAttention
+from ctxprune.pruner.engine.modes import Off
+from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
-from ctxprune.pruner.training.calibrate import calibrate
+from ctxprune.pruner.rows import ceiling
+from ctxprune.pruner.training.calibrate import STANDARD, calibrate
 from ctxprune.pruner.training.division import divide
 from ctxprune.pruner.training.local import LocalAttention
 from ctxprune.pruner.training.metrics import Metrics
@@ -77,11 +78,11 @@ class Trainee(nn.Module):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Loss and figures of ids (b, n) at a level, 0 being dense; local: of the gates alone."""
         if level == 0.0:
-            with self.handle.training(None):
+            with self.handle.running(Off()):
                 loss = lm_loss(self.model(ids, use_cache=False).logits, ids)
             return loss, {"lm_loss": loss.detach()}
         soft = (LocalAttention if local else SoftAttention)(
-            levels_module.Level(levels_module.prior(level, ids.shape[1]), 0.0),
+            Level(prior(level, ids.shape[1]), 0.0),
             self.handle.config,
             sharpness=sharpness,
             alpha=alpha,
@@ -89,7 +90,7 @@ class Trainee(nn.Module):
         if isinstance(soft, LocalAttention):
             return self._local(ids, level, soft)
         teacher = self._teach(ids) if self.config.distill > 0.0 else None
-        with self.handle.training(soft):
+        with self.handle.running(soft):
             logits = self.model(ids, use_cache=False).logits
         task = lm_loss(logits, ids)
         kept = _mean(soft.kept)
@@ -106,7 +107,7 @@ class Trainee(nn.Module):
         self, ids: Tensor, level: float, soft: LocalAttention
     ) -> tuple[Tensor, dict[str, Any]]:
         model = self.handle.model
-        with soft.watch(model), self.handle.training(soft):
+        with soft.watch(model), self.handle.running(soft):
             model(ids, use_cache=False, logits_to_keep=1)
         errors = torch.stack([soft.errors[layer] for layer in sorted(soft.errors)])
         penalty = self.config.penalty * sparsity_penalty(_mean(soft.kept), level)
@@ -116,7 +117,7 @@ class Trainee(nn.Module):
     @torch.no_grad()
     def _teach(self, ids: Tensor) -> Tensor:
         """Logits of this very model with its gates off: no second copy, and it learns along."""
-        with self.handle.training(None):
+        with self.handle.running(Off()):
             return self.model(ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
@@ -330,7 +331,7 @@ def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -
             f"a context of {config.context} is beyond the {limit} positions of this model",
             f"use `--context {limit}` or less",
         )
-    most = levels_module.ceiling(handle.config, config.context)
+    most = ceiling(handle.config, config.context)
     if config.sparsity >= most:
         raise CtxpruneError(
             f"sparsity {config.sparsity:g} cannot be reached at a context of {config.context}: the "
@@ -376,8 +377,8 @@ def _finish(
     model.train(False)
     prune = handle.config
     if config.sparsity > 0.0:
-        most = levels_module.ceiling(prune, config.context)
-        asked = [s for s in {*levels_module.STANDARD, config.sparsity} if s < most]
+        most = ceiling(prune, config.context)
+        asked = [s for s in {*STANDARD, config.sparsity} if s < most]
         prune = dataclasses.replace(
             prune,
             levels=divide(model, valid, calibrate(model, valid, asked, on_phase), on_phase),

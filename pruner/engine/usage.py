@@ -1,0 +1,50 @@
+"""What a model attended to while it was measured, counted by the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Usage:
+    """Sums over everything attended to, over layers and sequences.
+
+    Attributes:
+        pairs: pairs (j < k) of a query k and an earlier token j.
+        kept: those among them whose token was still there when the query looked.
+        steps: how often the cap on rows was asked. capped: how often it made rows leave.
+        ends: share of the tokens gone at the end of each text scored in one pass, and its tokens.
+    """
+
+    pairs: int = 0
+    kept: int = 0
+    steps: int = 0
+    capped: int = 0
+    ends: list[tuple[float, int]] = field(default_factory=list)
+
+    def read(self, tokens: int, seen: int, used: int) -> None:
+        """Note consecutive queries of a sequence, after so many tokens seen and rows in use."""
+        within = tokens * (tokens - 1) // 2
+        self.pairs += tokens * seen + within
+        self.kept += tokens * used + within
+
+    @property
+    def evicted(self) -> int:
+        """Pairs whose token j was gone when query k looked."""
+        return self.pairs - self.kept
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the earlier tokens that were gone when a query looked."""
+        return self.evicted / self.pairs if self.pairs else 0.0
+
+    @property
+    def capped_share(self) -> float:
+        """Share of the times that the cap on rows was asked at which it made some leave."""
+        return self.capped / self.steps if self.steps else 0.0
+
+    @property
+    def cache_sparsity(self) -> float:
+        """Share of the tokens that were gone at the end of their text, weighted by tokens."""
+        total = sum(tokens for _, tokens in self.ends)
+        return sum(share * tokens for share, tokens in self.ends) / total if total else 0.0
