@@ -9,14 +9,7 @@ import torch
 from entmax import entmax_bisect
 from torch import Tensor
 
-from ctxprune.pruner.gate import (
-    Gate,
-    alpha_sigmoid,
-    free_pairs,
-    log_survival,
-    margin,
-    window_of,
-)
+from ctxprune.pruner.gate import Gate, alpha_sigmoid, free_pairs, log_survival, margin
 
 ALPHAS = (1.0, 1.01, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0)
 
@@ -109,14 +102,6 @@ def test_survival_of_a_very_negative_score_keeps_its_gradient() -> None:
     assert bool(scores.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.8, 0.95])
-@pytest.mark.parametrize("context", [16, 512, 4096])
-def test_window_of_drops_the_share_asked_for(sparsity: float, context: int) -> None:
-    width = window_of(sparsity, context)
-    kept = width * context - width * (width + 1) / 2
-    assert kept / (context * (context - 1) / 2) == pytest.approx(1 - sparsity)
-
-
 def test_scores_follow_their_equation() -> None:
     torch.manual_seed(0)
     gate = Gate(12, 5).double()
@@ -141,3 +126,15 @@ def test_a_new_gate_is_sinks_and_window() -> None:
     alive = margin(scores, free_pairs(position, position, 2, 1)) > 0
     age = position[0][:, None] - position[0][None]
     torch.testing.assert_close(alive[0].tril(), ((age <= 7) | (position < 2)).tril())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_gates_move_with_a_model_but_stay_single_precision_at_least(dtype: torch.dtype) -> None:
+    model = torch.nn.ModuleDict({"weights": torch.nn.Linear(12, 12), "gate": Gate(12, 5)})
+    before = {name: tensor.clone() for name, tensor in model["gate"].state_dict().items()}
+    model.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {p.dtype for p in model["weights"].parameters()} == {dtype}
+    for name, tensor in model["gate"].state_dict().items():
+        assert tensor.dtype == wide and torch.equal(tensor, before[name].to(wide))
+    assert {p.device.type for p in model.to("meta").parameters()} == {"meta"}

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.engine import soft as soft_module
-from ctxprune.pruner.engine.soft import SoftAttention, soft_attend
+from ctxprune.pruner.engine.soft import Level, SoftAttention, soft_attend
 from ctxprune.pruner.gate import Gate, free_pairs, log_survival, margin
-from ctxprune.pruner.rows import Level
 
 HEADS, KEY_HEADS, WIDTH, HIDDEN = 6, 2, 4, 12
 
@@ -109,13 +108,16 @@ def test_values_and_gradients_are_those_of_the_equations(
         torch.testing.assert_close(ours, theirs)
 
 
-def test_nothing_of_a_pass_outlives_it() -> None:
-    """What it noted refers to its graph, and the graph to it: that cycle has to be cut."""
+@pytest.mark.parametrize("backward", [True, False])
+def test_nothing_of_a_pass_outlives_it(backward: bool) -> None:
+    """Also without a backward pass, as where a checkpointed layer is computed again."""
     gate, tensors = case(24)
     soft = SoftAttention(Level(1.5), PruneConfig())
-    soft_attend(soft, gate, 0, *tensors, scale=0.5).sum().backward()
+    out = soft_attend(soft, gate, 0, *tensors, scale=0.5)
+    if backward:
+        out.sum().backward()
     noted = weakref.ref(soft.kept[0])
-    del soft
+    del soft, out
     assert noted() is None
 
 

@@ -16,19 +16,23 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from conftest import FAMILIES, tiny_model
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_laws import pruning_model, random_ids
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ctxprune.pruner import data
 from ctxprune.pruner.checkpoints.checkpoint import GATES, load, load_tokenizer, read_config
-from ctxprune.pruner.config import TuneConfig
-from ctxprune.pruner.engine.handle import handle_of
+from ctxprune.pruner.config import TRAINABLE, TuneConfig
+from ctxprune.pruner.engine.handle import GATES as GATE_MODULES
+from ctxprune.pruner.engine.handle import Handle, handle_of
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.rows import sparsity_of
 from ctxprune.pruner.training.calibrate import TOLERANCE
 from ctxprune.pruner.training.metrics import BOARD, METRICS
 from ctxprune.pruner.training.objective import hardening, learning_rate_factor, sample_level
-from ctxprune.pruner.training.tune import STATE, tune
+from ctxprune.pruner.training.tune import STATE, Trainee, trainable, tune
 
 Make = Callable[[str], Path]
 
@@ -45,7 +49,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / GATES) | load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("train", "sparsity"),
     [("gates", 0.7), ("lora", 0.7), ("full", 0.7), ("lora", 0.0), ("full", 0.0)],
@@ -126,6 +130,107 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert read_config(whole) == read_config(parts)
     assert not (tmp_path / ".parts.tuning").exists()
+
+
+@pytest.mark.parametrize("train", TRAINABLE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_with_checkpointing_are_those_without(family: str, train: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        config = dataclasses.replace(
+            SMALL, train=train, distill=0.5, lora_rank=4, checkpointing=checkpointing
+        )
+        model, handle = undropped(family)
+        trained, groups = trainable(model, handle, config)
+        trainee = Trainee(trained, handle, config).train()
+        attended = calls_of(handle.family.attentions(model)[1])
+        loss, _ = trainee(random_ids(2, 96), 0.7, 2.0, 1.0)
+        loss.backward()
+        # Once for the teacher; once for the loss; once more where layers are computed again.
+        assert attended() == 2 + checkpointing
+        rates = [group["rate"] for group in groups]
+        assert rates == (["gate_lr"] if train == "gates" else ["gate_lr", "lr"])
+        of_groups = [p for group in groups for p in group["params"]]
+        assert len(of_groups) == len({*of_groups})
+        assert {*of_groups} == {p for p in trainee.parameters() if p.grad is not None}
+        gradients.append({n: p.grad for n, p in trainee.named_parameters() if p.requires_grad})
+    without, recomputed = gradients
+    assert without.keys() == recomputed.keys()
+    for name, gradient in without.items():
+        assert gradient is not None and bool(gradient.any()) != ("lora_A" in name), name
+        torch.testing.assert_close(recomputed[name], gradient, atol=1e-7, rtol=1e-5)
+
+
+def undropped(family: str) -> tuple[PreTrainedModel, Handle]:
+    """A tiny model without dropout, whose gates decide by content."""
+    model, handle = pruning_model(family, "float32")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model, handle
+
+
+def calls_of(module: torch.nn.Module) -> Callable[[], int]:
+    """How often a module is called from now on."""
+    calls: list[None] = []
+    module.register_forward_pre_hook(lambda *_: calls.append(None))
+    return lambda: len(calls)
+
+
+@pytest.mark.parametrize("train", TRAINABLE)
+def test_a_run_with_checkpointing_is_the_run_without(
+    tiny_folder: Make, text_file: Path, tmp_path: Path, train: str
+) -> None:
+    folder = tiny_folder("llama")
+    made = [
+        tune(
+            folder,
+            tmp_path / str(checkpointing),
+            run_config(text_file, train=train, steps=3, checkpointing=checkpointing),
+        )
+        for checkpointing in (False, True)
+    ]
+    expected, actual = map(weights_of, made)
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("train", TRAINABLE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gates_are_in_a_file_of_their_own_alone(
+    tiny_folder: Make, text_file: Path, tmp_path: Path, family: str, train: str
+) -> None:
+    """The folder is one of the dense model to any other tool, and the state holds gates once."""
+    folder = tiny_folder(family)
+    states: list[dict[str, torch.Tensor]] = []
+
+    def look(figures: dict[str, float]) -> None:
+        if figures["step"] == 3:
+            states.append(load_file(tmp_path / ".out.tuning" / STATE))
+
+    out = tune(folder, tmp_path / "out", run_config(text_file, train=train), on_step=look)
+    model = tiny_model(family)
+    own = {name for name, _ in model.named_parameters()}
+    names = {
+        f"{layer}.{name}"
+        for layer in range(3)
+        for name in ("query.weight", "key.weight", "slope", "bias")
+    }
+    assert set(load_file(out / "model.safetensors")) == own
+    assert set(load_file(out / GATES)) == names
+    plain, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert {name for name, _ in plain.named_parameters()} == own
+    parameters = [name for name in states[0] if name.startswith("parameter/")]
+    gates = [name for name in parameters if GATE_MODULES in name]
+    assert {name.split(f"{GATE_MODULES}.")[1] for name in gates} == names
+    assert len(gates) == len(names) and all("/gates." not in name for name in parameters)
+    weights = {"gates": 0, "full": len(own)}
+    if train in weights:
+        assert len(parameters) == len(gates) + weights[train]
+    else:
+        assert all("lora_" in name for name in parameters if name not in gates)
 
 
 SCRIPT = """

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from ctxprune.pruner.config import PruneConfig, check_sparsity
-from ctxprune.pruner.engine.handle import DENSE, Handle, attach
+from ctxprune.pruner.engine.handle import DENSE, attach
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.gate import Gate
 
@@ -137,9 +137,6 @@ def write(
     provenance: Mapping[str, Any],
 ) -> None:
     """Write a model folder in place (use inside `staged`)."""
-    handle = getattr(model, "ctxprune", None)
-    if isinstance(handle, Handle):
-        assert handle.policy is None, "switch the engine off before saving"
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

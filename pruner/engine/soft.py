@@ -8,7 +8,7 @@ does at inference.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -155,8 +155,12 @@ def soft_attend(
     Shapes as in `attend`. With `soft.hard`, log I is 0 or -inf.
     """
     interaction = gate.interact(hidden)
+    # What a pass gives hangs on `soft`: were it in the graph, that would be a cycle which Python's
+    # collector cannot see, so all nodes of every step would stay.
+    settings = replace(soft)
+    noting = soft.scores is not None
     out, kept, hard_kept, live, scores = _ChunkedAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, *interaction, gate.slope, gate.bias, (soft, gate, scale)
+        query, key, value, *interaction, gate.slope, gate.bias, (settings, gate, scale, noting)
     )
     batch, length = hidden.shape[:2]
     pairs = batch * length * (length - 1) / 2
@@ -186,9 +190,9 @@ class _ChunkedAttention(torch.autograd.Function):
         gate_key: Tensor,
         slope: Tensor,
         bias: Tensor,
-        how: tuple[SoftAttention, Gate, float],
+        how: tuple[SoftAttention, Gate, float, bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        soft, gate, scale = how
+        soft, gate, scale, noting = how
         dtype = _compute_dtype(query)
         q, k, v = _fold(query, key).to(dtype), key.to(dtype), value.to(dtype)
         batch, length = gate_key.shape[:2]
@@ -220,7 +224,7 @@ class _ChunkedAttention(torch.autograd.Function):
                     received = received + weights.mean(dim=(1, 2)).sum(dim=1)
                     stale = bonus[:, -1]
                 before = least[:, -1]
-                if soft.scores is not None:
+                if noting:
                     scores.append(_padded(score, length, -torch.inf))
         out = torch.cat(outs, dim=3)
         ctx.save_for_backward(
@@ -236,7 +240,7 @@ class _ChunkedAttention(torch.autograd.Function):
         ctx: Any, grad_out: Tensor, grad_kept: Tensor, *_: Any
     ) -> tuple[Tensor | None, ...]:
         query, key, value, gate_query, gate_key, slope, bias, out, size, *states = ctx.saved_tensors
-        soft, gate, scale = ctx.how
+        soft, gate, scale, _ = ctx.how
         dtype = out.dtype
         q, k, v = _fold(query, key).to(dtype), key.to(dtype), value.to(dtype)
         grad_out = _fold(grad_out, key).to(dtype)
@@ -284,9 +288,6 @@ class _ChunkedAttention(torch.autograd.Function):
             grad_slope += d_slope
             grad_bias += d_bias
             grad_after = d_before
-        # What this pass gave hangs on `soft`, and `soft` here: a cycle through the graph, which
-        # Python's collector cannot see, so all nodes of every step would stay.
-        ctx.how = None
         return (
             grad_q.flatten(1, 2).to(query.dtype),
             grad_k.to(key.dtype),

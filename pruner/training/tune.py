@@ -64,12 +64,11 @@ OnPhase = Callable[[str], None]
 
 
 class Trainee(nn.Module):
-    """Model and gates as one module, whose forward pass is the loss of a micro-batch."""
+    """A model with its gates as a module whose forward pass is the loss of a micro-batch."""
 
     def __init__(self, model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:
         super().__init__()
         self.model = model
-        self.gates = handle.gates
         self.handle = handle
         self.config = config
 
@@ -345,21 +344,20 @@ def trainable(
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """Freeze what is not trained; returns the model, LoRA wrapped around it or not, and groups."""
     model.requires_grad_(config.train == "full")
-    handle.gates.requires_grad_(config.sparsity > 0.0)
     if config.train == "lora":
         torch.manual_seed(config.seed)
         model = adapter.wrap(model, config.lora_rank)
+    # Gates are submodules of the model, so this comes after all that concerns its weights.
+    handle.gates.requires_grad_(config.sparsity > 0.0)
     if config.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    groups = []
-    gates = [p for p in handle.gates.parameters() if p.requires_grad]
-    weights = [p for p in model.parameters() if p.requires_grad]
-    if gates:
-        groups.append({"params": gates, "rate": "gate_lr"})
-    if weights:
-        groups.append({"params": weights, "rate": "lr"})
-    return model, groups
+    own = set(handle.gates.parameters())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p in own], "rate": "gate_lr"},
+        {"params": [p for p in trained if p not in own], "rate": "lr"},
+    ]
+    return model, [group for group in groups if group["params"]]
 
 
 def _finish(
