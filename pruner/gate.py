@@ -186,6 +186,17 @@ class Gate(nn.Module):
         age = query_position[..., :, None] - row_position[..., None, :]
         return self.content(query, key) + self.forgetting(age, log_window, shift)
 
+    def ranking(self, query: Tensor, key: Tensor, age: Tensor) -> Tensor:
+        """s (b, q, r) but for what is the same for all rows: content, less what age takes off.
+
+        Shapes as in `scores`, age (b, q, r) int64; ages below 1 count as 1.
+        """
+        dtype = self.slope.dtype
+        faded = age.clamp_min(1).to(dtype).log_().mul_(-self.slope)
+        with no_autocast(query.device):
+            pair = query.to(dtype), key.to(dtype).transpose(1, 2)
+            return torch.baddbmm(faded, *pair, alpha=query.shape[-1] ** -0.5)
+
     def content(self, query: Tensor, key: Tensor) -> Tensor:
         """The part of the score (b, q, r) that depends on the tokens."""
         dtype = self.query.weight.dtype

@@ -74,10 +74,7 @@ def read_block(
         with span("attention"):
             stop = used + length
             key, value = page.key[:, :, :stop], page.value[:, :, :stop]
-            visible = None
-            if length > 1:
-                visible = query.new_ones((1, length, stop), dtype=torch.bool).tril_(used)
-            return grouped_sdpa(query, key, value, visible, scale)
+            return grouped_sdpa(query, key, value, _causal(query, key, used), scale)
     used, settled, count, start = torch.tensor(
         [page.used, page.settled, counts, first], device=query.device
     )[:, :, None]
@@ -97,17 +94,27 @@ def read_block(
 
 
 def grouped_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Attention of (b, h, q, d) to (b, h_kv, r, d) under a mask (b, q, r); None: all to all.
+    """Attention of (b, h, q, d) to (b, h_kv, r, d); mask: (b, q, r) bool, or what `_causal` gives.
 
     The query heads of a group are folded into the query axis, so keys and values are not repeated.
     """
     batch, heads, queries, width = query.shape
     groups = heads // key.shape[1]
     folded = query.reshape(batch, key.shape[1], groups * queries, width)
-    mask = None if visible is None else visible[:, None]
-    if mask is not None and queries > 1:
-        mask = mask.expand(-1, groups, -1, -1).reshape(-1, 1, groups * queries, mask.shape[-1])
+    if mask is not None and mask.dim() == 3:
+        mask = (
+            mask[:, None].expand(-1, groups, -1, -1).reshape(-1, 1, groups * queries, key.shape[2])
+        )
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, queries, value.shape[-1])
+
+
+def _causal(query: Tensor, key: Tensor, before: int) -> Tensor | None:
+    """Mask (1, 1, groups * q, r) to add to the logits of a block behind `before` rows, or None."""
+    queries, groups = query.shape[2], query.shape[1] // key.shape[1]
+    if queries == 1:
+        return None
+    later = query.new_full((groups, queries, key.shape[2]), -torch.inf).triu_(before + 1)
+    return later.view(1, 1, groups * queries, -1)

@@ -316,7 +316,7 @@ class PrunedCache(Cache):
         return page
 
     def _prepare_step(self, static: bool) -> None:
-        """Choose how single tokens are placed: by numbers of the host, or by counts on the device."""
+        """Choose how single tokens are placed: by numbers of the host, or counts on the device."""
         pages = self.pages
         for page in pages:
             page.grow(max(page.used) + 1)

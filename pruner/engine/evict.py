@@ -33,98 +33,86 @@ def evict(
     used = [page.used[i] for i in members]
     settled = [page.settled[i] for i in members]
     stay = [min(limit, rows) for limit, rows in zip(stay, used, strict=True)]
-    everybody = len(members) == len(page.used)
-    stop = max(used)
-    index = None if everybody else torch.tensor(members, device=page.key.device)
-
-    def of(tensor: Tensor, axis: int, size: int) -> Tensor:
-        tensor = tensor if index is None else tensor.index_select(0, index)
-        return tensor.narrow(axis, 0, size)
-
-    held = Held(
-        of(page.key, 2, stop),
-        of(page.value, 2, stop),
-        of(page.position, 1, stop),
-        {name: of(column, 1, stop) for name, column in page.columns.items()},
-    )
-    even = len({*zip(used, settled, stay, strict=True)}) == 1
+    most = max(u - s for u, s in zip(used, stay, strict=True))
     count = max(u - s for u, s in zip(used, settled, strict=True))
     ages = [n - u for n, u in zip(seen, used, strict=True)]
-    query = None if page.query is None else of(page.query, 2, count)
-    features = None if page.features is None else of(page.features, 2, count)[:, 0]
+    index = None
+    if len(members) < len(page.used):
+        index = torch.tensor(members, device=page.key.device)
+    held = page.held(index, max(used))
     position: Tensor
     first: int | Tensor
     rows: int | Tensor
-    if even:
-        position, first = _settle(held, policy, settled[0], used[0], ages)
-        rows = stay[0]
+    if len({*zip(used, settled, stay, strict=True)}) == 1:
+        position, first, rows = *_settle(held, policy, settled[0], used[0], ages), stay[0]
     else:
         position, first, rows = _settle_each(held, policy, settled, used, ages, stay)
+    query, features = page.waits(index, count)
     queries = Queries(position, first, features, rows, members, held, query, scale)
     score = policy.score(layer, held, queries)
-    if stay != used:
-        most = max(u - s for u, s in zip(used, stay, strict=True))
-        gone, source, target = choose(score, held.position, rows, most)
+    if most:
+        if isinstance(rows, Tensor):
+            score = score.masked_fill(held.position < 0, -torch.inf)
+        order = score.argsort(dim=1, stable=True)
         if expires is not None:
-            which, slot = (gone & (held.position >= 0)).nonzero(as_tuple=True)
-            sequence = torch.tensor(members, device=which.device)[which]
-            now = torch.tensor(seen, device=which.device)[which]
-            expires[sequence, held.position[which, slot]] = now
+            _note(expires, held, members, seen, order, rows)
+        source, target = moves(order, rows, most)
     if index is not None:
-        page.position[index, :stop] = held.position
-        for name, column in held.columns.items():
-            page.columns[name][index, :stop] = column
-    if stay != used:
-        page.move(members, source, target)
+        page.note(index, held)
+    if most:
+        page.move(index, source, target)
     for i, rows_left in zip(members, stay, strict=True):
         page.used[i] = page.settled[i] = rows_left
 
 
-def choose(
-    score: Tensor, position: Tensor, stay: int | Tensor, most: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Who leaves, and which rows move into the slots that become free.
+def moves(order: Tensor, stay: int | Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Which rows move into the slots that become free, so that the first `stay` are in use.
 
     Args:
-        score, position: (s, r); position is -1 in free slots. stay: rows that stay, a number or
-            (s, 1) int64. most: rows that leave a sequence at most.
+        order: (s, r) slots, those that leave first. stay: rows that stay, a number or (s, 1) int64.
+        most: rows that leave a sequence at most.
 
     Returns:
-        gone (s, r) bool: the rows of the least score, the oldest first among equals, and free
-        slots. source, target (s, most): slots below `stay` are filled from behind it; pairs that
-        are not needed copy what nobody reads, or a row onto itself.
+        source, target: (s, most) int64. Rows that stay behind slot `stay` go to slots before it
+        that are free; the pairs after them copy what nobody reads, or a row onto itself.
     """
-    slots = score.shape[1]
-    by_age = position.argsort(dim=1)
-    score = score.masked_fill(position < 0, -torch.inf).gather(1, by_age)
-    order = by_age.gather(1, score.argsort(dim=1, stable=True))
-    gone = torch.zeros_like(position, dtype=torch.bool)
+    leaving = order.shape[1] - stay
     if isinstance(stay, int):
-        leaving = order[:, : slots - stay]
-        gone.scatter_(1, leaving, True)
-        # As many slots are free before `stay` as rows stay behind it; both come first here.
-        target = leaving.sort(dim=1).values
-        source = gone[:, stay:].to(torch.uint8).argsort(dim=1, stable=True) + stay
-        return gone, source, target
-    place = torch.arange(slots, device=score.device)
-    gone.scatter_(1, order, place < slots - stay)
-    hole, survivor = gone & (place < stay), ~gone & (place >= stay)
-    target, source = (
-        flag.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        for flag in (hole, survivor)
-    )
-    return gone, torch.where(hole.gather(1, target), source, target), target
+        target = order[:, :leaving].sort(dim=1).values[:, :stay]
+        return order[:, leaving:].sort(dim=1, descending=True).values[:, :leaving], target
+    place = torch.arange(order.shape[1], device=order.device)
+    target = order.masked_fill(place >= leaving, order.shape[1]).sort(dim=1).values[:, :most]
+    source = order.masked_fill(place < leaving, -1).sort(dim=1, descending=True).values[:, :most]
+    needed = (target < stay) & (source >= stay)
+    source = source.clamp_min(0)
+    return source, torch.where(needed, target, source)
+
+
+def _note(
+    expires: Tensor,
+    held: Held,
+    members: Sequence[int],
+    seen: Sequence[int],
+    order: Tensor,
+    stay: int | Tensor,
+) -> None:
+    """Note for the rows that leave which query does not see them any more: the next one."""
+    place = torch.arange(order.shape[1], device=order.device)
+    position = held.position.gather(1, order)
+    which, at = ((place < order.shape[1] - stay) & (position >= 0)).nonzero(as_tuple=True)
+    sequence, now = torch.tensor([members, seen], device=order.device)[:, which]
+    expires[sequence, position[which, at]] = now
 
 
 def _settle(
     held: Held, policy: Policy, first: int, stop: int, ages: Sequence[int]
 ) -> tuple[Tensor, int]:
     """Note what the new rows of slots `first` to `stop` are: their positions, and fresh columns."""
-    age = torch.tensor(ages, device=held.key.device)[:, None]
-    position = age + torch.arange(first, stop, device=held.key.device)
+    slot = torch.arange(first, stop, device=held.key.device)
+    position = slot + torch.tensor(ages, device=held.key.device)[:, None]
     held.position[:, first:] = position
-    for name, column in held.columns.items():
-        column[:, first:] = policy.fresh(name)
+    for name, value in policy.fresh.items():
+        held.columns[name][:, first:] = value
     return position, first
 
 
@@ -143,8 +131,8 @@ def _settle_each(
     new = (slot >= first) & (slot < stop)
     placed = torch.where(new, slot + age, held.position).masked_fill(slot >= stop, -1)
     held.position.copy_(placed)
-    for name, column in held.columns.items():
-        column.masked_fill_(new if column.dim() == 2 else new[..., None], policy.fresh(name))
+    for name, value in policy.fresh.items():
+        held.columns[name].masked_fill_(new, value)
     rank = torch.arange(max(u - s for u, s in zip(used, settled, strict=True)), device=device)
     position = (first + age + rank).masked_fill(rank >= stop - first, -1)
     return position, first, rows

@@ -10,7 +10,7 @@ d head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -67,23 +67,21 @@ class Page:
 
     Attributes:
         key, value: (b, h_kv, r, d). position: (b, r) int64, -1 where nothing was settled yet.
-        columns: (b, r), or (b, r, width). query, features: of the tokens since the last step.
+        numbers: (b, r, k) the columns of one number. vectors: (b, r, width) of each other column.
+        query, features: of the tokens since the last step.
         used: rows of each sequence. settled: how many of them an eviction step has seen.
     """
 
     def __init__(self, like: New, slots: int, waiting: int, columns: Mapping[str, int]) -> None:
-        batch = like.key.shape[0]
+        batch, new = like.key.shape[0], like.key.new_zeros
         wide = torch.promote_types(like.key.dtype, torch.float32)
+        self._names = [name for name, width in columns.items() if width == 1]
         # One slot more takes what is no token: the padding of ragged batches.
         self.key = _slots(like.key, slots + 1)
         self.value = _slots(like.value, slots + 1)
         self.position = torch.full((batch, slots + 1), -1, device=like.key.device)
-        self.columns = {
-            name: like.key.new_zeros((batch, slots + 1), dtype=wide)
-            if width == 1
-            else like.key.new_zeros((batch, slots + 1, width))
-            for name, width in columns.items()
-        }
+        self.numbers = new((batch, slots + 1, len(self._names)), dtype=wide)
+        self.vectors = {n: new((batch, slots + 1, w)) for n, w in columns.items() if w > 1}
         self.query = None if like.query is None else _slots(like.query, waiting + 1)
         features = None if like.features is None else like.features[:, None]
         self.features = None if features is None else _slots(features, waiting + 1)
@@ -104,7 +102,7 @@ class Page:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, free slots and waiting queries included."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
+        return sum(tensor.nbytes for tensor, _ in self._tensors().values())
 
     @property
     def row_nbytes(self) -> int:
@@ -126,6 +124,35 @@ class Page:
         if self.features is not None and new.features is not None:
             _put(self.features, new.features[:, None], wait)
 
+    def held(self, members: Tensor | None, stop: int) -> Held:
+        """The first `stop` slots of all sequences (None), as views, or copies of some."""
+
+        def of(tensor: Tensor, axis: int) -> Tensor:
+            tensor = tensor if members is None else tensor.index_select(0, members)
+            return tensor.narrow(axis, 0, stop)
+
+        numbers = of(self.numbers, 1)
+        columns = dict(zip(self._names, numbers.unbind(dim=2), strict=True))
+        columns |= {name: of(vector, 1) for name, vector in self.vectors.items()}
+        return Held(of(self.key, 2), of(self.value, 2), of(self.position, 1), columns, numbers)
+
+    def waits(self, members: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
+        """The first `count` waiting queries (s, h, q, d), and features (s, q, width)."""
+        pair = [
+            tensor if members is None or tensor is None else tensor.index_select(0, members)
+            for tensor in (self.query, self.features)
+        ]
+        query, features = (None if t is None else t[:, :, :count] for t in pair)
+        return query, None if features is None else features[:, 0]
+
+    def note(self, members: Tensor, held: Held) -> None:
+        """Take back what a policy wrote into copies."""
+        stop = held.position.shape[1]
+        self.position[members, :stop] = held.position
+        self.numbers[members, :stop] = held.numbers
+        for name, vector in self.vectors.items():
+            vector[members, :stop] = held.columns[name]
+
     def grow(self, slots: int) -> None:
         """See that a sequence has so many slots."""
         if slots > self.slots:
@@ -133,42 +160,43 @@ class Page:
 
     def resize(self, slots: int, waiting: int | None = None) -> None:
         """Have so many slots, and room for so many waiting queries; what is in use stays."""
-        self.key, self.value = (_resized(t, 2, slots + 1, 0) for t in (self.key, self.value))
-        self.position = _resized(self.position, 1, slots + 1, -1)
-        self.columns = {n: _resized(c, 1, slots + 1, 0) for n, c in self.columns.items()}
-        if waiting is not None and self.query is not None:
-            self.query = _resized(self.query, 2, waiting + 1, 0)
-        if waiting is not None and self.features is not None:
-            self.features = _resized(self.features, 2, waiting + 1, 0)
+        for name, (tensor, axis) in self._tensors().items():
+            waits = name in ("query", "features")
+            size = slots if not waits else waiting
+            if size is not None:
+                self._set(name, _resized(tensor, axis, size + 1))
 
     def reorder(self, index: Tensor) -> None:
         """Make sequence i a copy of what sequence index[i] was, index (b',) int64."""
-        for name, tensor in self._tensors().items():
-            moved = tensor.index_select(0, index.to(tensor.device))
-            if name in self.columns:
-                self.columns[name] = moved
-            else:
-                setattr(self, name, moved)
+        for name, (tensor, _) in self._tensors().items():
+            self._set(name, tensor.index_select(0, index.to(tensor.device)))
         of = index.tolist()
         self.used = [self.used[i] for i in of]
         self.settled = [self.settled[i] for i in of]
 
-    def move(self, members: Sequence[int], source: Tensor, target: Tensor) -> None:
-        """Copy rows of some sequences to other slots, source and target (s, rows) int64."""
-        every = torch.tensor(members, device=self.key.device)[:, None]
-        for tensor in (self.key, self.value):
-            heads, slots = tensor.shape[1:3]
-            first = (every * heads + torch.arange(heads, device=tensor.device)) * slots
-            rows = tensor.view(-1, tensor.shape[3])
-            moved = rows.index_select(0, (first[:, :, None] + source[:, None]).flatten())
-            rows.index_copy_(0, (first[:, :, None] + target[:, None]).flatten(), moved)
-        for tensor in (self.position, *self.columns.values()):
-            tensor[every, target] = tensor[every, source]
+    def move(self, members: Tensor | None, source: Tensor, target: Tensor) -> None:
+        """Copy rows of some sequences (None: all) to other slots, source, target (s, m) int64."""
+        slots, heads = self.key.shape[2], self.key.shape[1]
+        every = torch.arange(len(self.used), device=source.device)
+        every = (every if members is None else members)[:, None] * slots
+        _move(
+            (self.position[..., None], self.numbers, *self.vectors.values()), every, source, target
+        )
+        head = torch.arange(heads, device=source.device)[:, None] * slots
+        every = every[:, None] * heads + head
+        _move((self.key, self.value), every, source[:, None], target[:, None])
 
-    def _tensors(self) -> dict[str, Tensor]:
-        own = {name: getattr(self, name) for name in ("key", "value", "position")}
-        waiting = {name: getattr(self, name) for name in ("query", "features")}
-        return {**own, **{n: t for n, t in waiting.items() if t is not None}, **self.columns}
+    def _tensors(self) -> dict[str, tuple[Tensor, int]]:
+        """Each tensor by its name, and its axis of slots."""
+        own = {"key": 2, "value": 2, "position": 1, "numbers": 1, "query": 2, "features": 2}
+        named = {n: (getattr(self, n), a) for n, a in own.items() if getattr(self, n) is not None}
+        return named | {name: (vector, 1) for name, vector in self.vectors.items()}
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        if name in self.vectors:
+            self.vectors[name] = tensor
+        else:
+            setattr(self, name, tensor)
 
 
 @dataclass(frozen=True)
@@ -178,12 +206,14 @@ class Held:
     Attributes:
         key, value: (s, h_kv, r, d) of the slots in use. position: (s, r) int64, -1 if free.
         columns: what the policy keeps of each row, (s, r) or (s, r, width); written in place.
+        numbers: (s, r, k), all columns of one number.
     """
 
     key: Tensor
     value: Tensor
     position: Tensor
     columns: dict[str, Tensor]
+    numbers: Tensor
 
 
 @dataclass(frozen=True)
@@ -218,27 +248,37 @@ class Queries:
 
         These are the weights that were used when they were read; 0 where there is no query.
         """
-        assert self.query is not None, "a policy that asks for weights has `watches = True`"
-        key = self.held.key
-        batch, heads, queries, width = self.query.shape
-        key_heads, rows = key.shape[1:3]
-        slot = torch.arange(rows, device=key.device)
-        own = self.first + torch.arange(queries, device=key.device)
-        later = slot > own[..., None]
-        folded = self.query.reshape(batch, key_heads, -1, width)
-        logits = (folded @ key.transpose(2, 3)).mul_(self.scale)
-        logits = logits.view(batch, heads, queries, rows)
-        logits.masked_fill_(later if later.dim() == 2 else later[:, None], -torch.inf)
-        wide = torch.promote_types(key.dtype, torch.float32)
-        mean = logits.softmax(dim=-1, dtype=wide).mean(dim=1)
-        if isinstance(self.first, Tensor):
-            mean = mean.masked_fill((self.position < 0)[:, :, None], 0.0)
+        mean: Tensor = self._weights().unflatten(2, (-1, self.position.shape[1])).mean(dim=(1, 2))
         return mean
 
-    @property
+    @cached_property
     def received(self) -> Tensor:
-        """(s, r): the attention that each row got from all of them."""
-        return self.weights.sum(dim=1)
+        """(s, r): the attention that each row got from all of them, the sum over heads."""
+        return self._weights().sum(dim=(1, 2))
+
+    def _weights(self) -> Tensor:
+        """(s, h_kv, groups * q, r): softmax(Q K^T scale), of the queries as they stand."""
+        assert self.query is not None, "a policy that asks for weights has `watches = True`"
+        key, count = self.held.key, self.position.shape[1]
+        batch, key_heads, rows, width = key.shape
+        groups = self.query.shape[1] // key_heads
+        mask = self.query.new_full((groups, count, rows), -torch.inf)
+        if isinstance(self.first, int):
+            # Added to each head alike, so that one product of matrices does it all.
+            mask = mask.triu_(self.first + 1).view(1, groups * count, rows)
+        else:
+            own = self.first + torch.arange(count, device=key.device)
+            seen = torch.arange(rows, device=key.device) <= own[..., None]
+            mask = mask.expand(batch, -1, -1, -1).masked_fill(seen[:, None], 0.0)
+            mask = mask.reshape(batch, -1, rows).repeat_interleave(key_heads, dim=0)
+        query = self.query.reshape(batch * key_heads, groups * count, width)
+        logits = torch.baddbmm(mask, query, key.flatten(0, 1).transpose(1, 2), alpha=self.scale)
+        wide = torch.promote_types(key.dtype, torch.float32)
+        weights = logits.softmax(dim=-1, dtype=wide).view(batch, key_heads, -1, rows)
+        if isinstance(self.first, Tensor):
+            absent = (self.position < 0).repeat(1, groups)
+            weights.masked_fill_(absent[:, None, :, None], 0.0)
+        return weights
 
     def put(self, name: str, values: Tensor) -> None:
         """Set a column of their own rows to values (s, q) or (s, q, width)."""
@@ -282,11 +322,19 @@ def _put(target: Tensor, new: Tensor, at: int | Tensor) -> None:
         target.scatter_(2, at[:, None, :, None].expand_as(new), new)
 
 
-def _resized(tensor: Tensor, axis: int, size: int, fill: int) -> Tensor:
+def _move(tensors: Iterable[Tensor], first: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy whole rows from `source` to `target`, both counted from the slots `first`."""
+    source, target = (first + source).flatten(), (first + target).flatten()
+    for tensor in tensors:
+        rows = tensor.flatten(0, -2)
+        rows.index_copy_(0, target, rows.index_select(0, source))
+
+
+def _resized(tensor: Tensor, axis: int, size: int) -> Tensor:
     """The same with another number of slots; what does not fit is cut off."""
     shape = list(tensor.shape)
     kept = min(size, shape[axis])
     shape[axis] = size
-    out = tensor.new_full(shape, fill)
+    out = tensor.new_zeros(shape)
     out.narrow(axis, 0, kept).copy_(tensor.narrow(axis, 0, kept))
     return out

@@ -68,11 +68,13 @@ class Policy:
 
     Attributes:
         columns: name -> width of what it keeps of each row: a number (1), or a vector.
+        fresh: what columns of one number hold of a row that no step has seen yet.
         watches: it asks for attention weights, so the queries wait until the next step.
         rows: that each sequence may hold; None: all, so it is never asked.
     """
 
     columns: Mapping[str, int] = {}
+    fresh: Mapping[str, float] = {}
     watches = False
     rows: Rows | None = None
 
@@ -83,12 +85,8 @@ class Policy:
         """
         return None
 
-    def fresh(self, column: str) -> float:
-        """What a column holds of a row that no step has seen."""
-        return 0.0
-
     def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
-        """(s, r) floats: the least leave first, among equals the oldest; +inf protects."""
+        """(s, r) floats: the least leave first; +inf protects."""
         return held.position.double()
 
 

@@ -35,30 +35,26 @@ class GatePolicy(Policy):
         self.watches = config.attention_bonus > 0.0
         received = {"received": 1, "size": 1} if self.watches else {}
         self.columns = {"interaction_key": config.rank, "margin": 1, **received}
+        self.fresh = {"margin": torch.inf, **({"received": 0.0} if self.watches else {})}
 
     def annotate(self, layer: int, hidden: Tensor) -> Tensor:
         """Interaction query and key, side by side: (b, n, 2 rank)."""
         return torch.cat(self.gates[layer].interact(hidden), dim=-1)
-
-    def fresh(self, column: str) -> float:
-        """No query has lowered a margin yet."""
-        return torch.inf if column == "margin" else 0.0
 
     def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
         """(s, r): margin and bonus, +inf for attention sinks."""
         assert queries.features is not None
         query, key = queries.features.chunk(2, dim=-1)
         queries.put("interaction_key", key)
-        margin = held.columns["margin"]
-        gate = self.gates[layer]
         age = queries.position[:, :, None] - held.position[:, None, :]
-        # The window and the shift are the same for all rows, so they change no order.
-        scores = gate.content(query, held.columns["interaction_key"])
-        scores += gate.forgetting(age, 0.0, 0.0)
-        nobody = (age < max(self.config.protect_recent, 1)) | (queries.position < 0)[:, :, None]
-        least = scores.masked_fill_(nobody, torch.inf).amin(dim=1)
-        torch.minimum(margin, least.to(margin.dtype), out=margin)
-        score: Tensor = margin
+        # The window, the bias and the shift are the same for all rows: they change no order.
+        scores = self.gates[layer].ranking(query, held.columns["interaction_key"], age)
+        nobody = age < max(self.config.protect_recent, 1)
+        if isinstance(queries.first, Tensor):
+            nobody |= (queries.position < 0)[:, :, None]
+        margin = held.columns["margin"]
+        least = scores.masked_fill_(nobody, torch.inf).amin(dim=1).to(margin.dtype)
+        score: Tensor = margin.copy_(torch.minimum(margin, least))
         if self.watches:
             received, size = held.columns["received"], held.columns["size"]
             queries.put("size", value_size(queries.own(held.value)).to(size.dtype))

@@ -19,6 +19,7 @@ class H2OPolicy(Policy):
     """Keeps the newest rows and those of the largest sum of attention."""
 
     columns = {"attention": 1}
+    fresh = {"attention": 0.0}
     watches = True
 
     def __init__(self, request: Request) -> None:
