@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ctxprune.pruner.engine.attend import read_block, span, static_step, step
@@ -443,7 +442,9 @@ class PrunedCache(Cache):
     def _lengthen_record(self, total: int) -> None:
         assert self.expires is not None
         old = self.expires or [torch.empty(len(self.seen), 0, dtype=torch.int64)] * len(self.layers)
-        self.expires = [F.pad(of, (0, total - of.shape[1]), value=NEVER) for of in old]
+        # `F.pad` would take the number through a float, which does not hold it.
+        more = torch.full((len(self.seen), max(total - old[0].shape[1], 0)), NEVER)
+        self.expires = [torch.cat([of, more], dim=1) for of in old]
 
 
 def _alike(numbers: Sequence[int]) -> bool:
