@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ctxprune.pruner.engine.evict import choose, evict
+from ctxprune.pruner.engine.evict import evict, moves
 from ctxprune.pruner.engine.page import Held, New, Page, Queries
 from ctxprune.pruner.policies import Policy
 
@@ -16,18 +16,16 @@ HEADS, WIDTH, WAITING = 2, 4, 16
 
 
 class Scripted(Policy):
-    """Keeps the rows of the largest number, which stands in their key."""
+    """Keeps the rows whose keys have the largest first number; its columns move with them."""
 
-    columns = {"number": 1, "vector": 3}
-
-    def fresh(self, column: str) -> float:
-        """Other than 0, so that a column which is not set anew shows."""
-        return 7.0
+    columns = {"number": 1, "other": 1, "vector": 3}
+    fresh = {"number": 7.0}
 
     def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
-        """Also notes how often a row was judged."""
+        """Also notes how often a row was judged, and what its value begins with."""
         held.columns["number"] += 1.0
-        held.columns["vector"] += 1.0
+        held.columns["other"].copy_(held.value[:, 0, :, 0])
+        queries.put("vector", queries.own(held.value)[:, 0, :, :3])
         return held.key[:, 0, :, 0].double()
 
 
@@ -39,7 +37,7 @@ def new_tokens(batch: int, count: int) -> New:
 
 
 def rows_of(page: Page, sequence: int, age: list[int]) -> dict[int, tuple[float, ...]]:
-    """position -> the key, the value and the columns of the rows that a sequence holds.
+    """position -> sums of key and value of the rows held, and how often they were judged.
 
     `age`: tokens seen; positions of rows that no step has seen are those of the newest tokens.
     """
@@ -47,14 +45,16 @@ def rows_of(page: Page, sequence: int, age: list[int]) -> dict[int, tuple[float,
     rows = {}
     for slot in range(used):
         position = int(page.position[sequence, slot])
-        columns = (
-            float(page.columns["number"][sequence, slot]),
-            *page.columns["vector"][sequence, slot].tolist(),
-        )
+        value = page.value[sequence, :, slot]
+        judged = 0.0
         if slot >= settled:
-            position, columns = age[sequence] - used + slot, (7.0,) * 4
-        pair = (page.key[sequence, :, slot], page.value[sequence, :, slot])
-        rows[position] = (*(float(t.sum()) for t in pair), *columns)
+            position = age[sequence] - used + slot
+        else:
+            columns = page.held(None, used).columns
+            judged = float(columns["number"][sequence, slot]) - 7.0
+            assert float(columns["other"][sequence, slot]) == float(value[0, 0])
+            assert torch.equal(columns["vector"][sequence, slot], value[0, :3])
+        rows[position] = (float(page.key[sequence, :, slot].sum()), float(value.sum()), judged)
     assert len(rows) == used
     return rows
 
@@ -99,7 +99,7 @@ def test_a_page_holds_what_a_dictionary_holds(
         for b in range(3):
             for n in range(counts[b]):
                 pair = (new.key[b, :, n], new.value[b, :, n])
-                expected[b][seen[b] + n] = (*(float(t.sum()) for t in pair), *(7.0,) * 4)
+                expected[b][seen[b] + n] = (*(float(t.sum()) for t in pair), 0.0)
                 assert torch.equal(
                     page.query[b, :, page.used[b] - page.settled[b] + n], new.query[b, :, n]
                 )
@@ -113,12 +113,11 @@ def test_a_page_holds_what_a_dictionary_holds(
                 for b in members
             }
             evict(page, Scripted(), 0, members, [seen[b] for b in members], stay, 1.0)
-            for b, rows in zip(members, stay, strict=True):
-                best = sorted(numbers[b], key=numbers[b].__getitem__, reverse=True)[:rows]
-                expected[b] = {
-                    p: (*expected[b][p][:2], *(c + 1 for c in expected[b][p][2:])) for p in best
-                }
-                assert page.used[b] == page.settled[b] == rows
+            for b, most in zip(members, stay, strict=True):
+                best = sorted(numbers[b], key=numbers[b].__getitem__, reverse=True)[:most]
+                rows = {p: expected[b][p] for p in best}
+                expected[b] = {p: (key, value, n + 1) for p, (key, value, n) in rows.items()}
+                assert page.used[b] == page.settled[b] == most
         found = [rows_of(page, b, seen) for b in range(3)]
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.keys() == theirs.keys()
@@ -139,46 +138,41 @@ def slots_of(page: Page, sequence: int, seen: list[int]) -> dict[int, int]:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 30), st.floats(0.0, 1.0), st.booleans())
-def test_who_leaves_and_who_moves(seed: int, slots: int, share: float, ragged: bool) -> None:
-    """The least scores leave, among equals the oldest; survivors fill the slots below `stay`."""
+def test_who_stays_moves_to_the_front(seed: int, slots: int, share: float, ragged: bool) -> None:
+    """The last of an order stay, whatever their slots were; the others are nowhere."""
     generator = torch.Generator().manual_seed(seed)
-    used = [slots, max(slots - 3, 0)] if ragged else [slots, slots]
-    stay = [int(share * rows) for rows in used]
-    position = torch.full((2, slots), -1)
-    for b, rows in enumerate(used):
-        position[b, :rows] = torch.randperm(2 * slots, generator=generator)[:rows]
-    score = torch.randint(0, 4, (2, slots), generator=generator).double()
-    score = torch.where(score == 3, torch.inf, score)
+    stay = [int(share * slots), int(share * slots / 2) if ragged else int(share * slots)]
+    order = torch.stack([torch.randperm(slots, generator=generator) for _ in range(2)])
     limit = torch.tensor(stay)[:, None] if ragged else stay[0]
-    most = max(u - s for u, s in zip(used, stay, strict=True))
-    gone, source, target = choose(score, position, limit, most)
-    for b, rows in enumerate(used):
-        ranked = sorted(range(rows), key=lambda s: (float(score[b, s]), int(position[b, s])))
-        leave = set(ranked[: rows - stay[b]])
-        assert {s for s in range(rows) if bool(gone[b, s])} == leave
-        after = list(range(slots))
+    source, target = moves(order, limit, slots - min(stay))
+    for b, rows in enumerate(stay):
+        after = list(range(slots + 1))
+        written = [to for to in target[b].tolist() if to < rows]
+        assert len(written) == len({*written})
         for of, to in zip(source[b].tolist(), target[b].tolist(), strict=True):
             after[to] = of
-        assert sorted(after[: stay[b]]) == sorted(set(range(rows)) - leave)
+        assert set(after[:rows]) == set(order[b, slots - rows :].tolist())
 
 
 def test_growing_and_shrinking_keep_what_is_in_use() -> None:
     page = Page(new_tokens(2, 1), 10, 4, Scripted.columns)
-    page.write(new_tokens(2, 4), 0, 0)
+    new = new_tokens(2, 4)
+    page.write(new, 0, 0)
     page.used = [4, 4]
-    page.position[:, :4] = torch.arange(4)
-    page.columns["vector"][:, :4] = torch.randn(2, 4, 3)
-    before = {name: tensor.clone() for name, tensor in page._tensors().items()}
-    assert page.query is not None
+    evict(page, Scripted(), 0, [0, 1], [4, 4], [4, 4], 1.0)
+    before = [rows_of(page, b, [4, 4]) for b in range(2)]
+
+    def same() -> bool:
+        return [rows_of(page, b, [4, 4]) for b in range(2)] == before
+
     page.grow(9)
-    assert page.slots == 10
+    assert (page.slots, page.waiting) == (10, 4) and same()
     page.grow(16)
-    assert page.slots == 18 and page.query.shape[2] == 5
+    assert (page.slots, page.waiting) == (18, 4) and same()
     page.resize(5, 3)
-    assert (page.slots, page.waiting) == (5, 3)
-    for name, tensor in page._tensors().items():
-        axis = 1 if name in ("position", "number", "vector") else 2
-        assert torch.equal(tensor.narrow(axis, 0, 4), before[name].narrow(axis, 0, 4))
+    assert (page.slots, page.waiting) == (5, 3) and same()
+    assert page.query is not None and new.query is not None
+    assert torch.equal(page.query, new.query)  # three of them, and the slot of no token
 
 
 def test_rows_and_counts_follow_their_beam() -> None:
@@ -198,11 +192,12 @@ def test_columns_are_numbers_in_full_precision_or_vectors_as_keys_are() -> None:
     like = new_tokens(1, 1)
     half = New(like.key.bfloat16(), like.value.bfloat16(), None, None)
     page = Page(half, 3, 2, Scripted.columns)
-    assert page.columns["number"].dtype == torch.float32
-    assert page.columns["vector"].dtype == torch.bfloat16
+    columns = page.held(None, 3).columns
+    assert columns["number"].dtype == torch.float32
+    assert columns["vector"].dtype == torch.bfloat16
     assert page.query is None and page.features is None and page.waiting is None
-    # Four slots (one is for no token): key and value, position, number, vector.
-    assert page.nbytes == 4 * (2 * HEADS * WIDTH * 2 + 8 + 4 + 3 * 2)
+    # Four slots (one is for no token): key and value, position, two numbers, a vector.
+    assert page.nbytes == 4 * (2 * HEADS * WIDTH * 2 + 8 + 2 * 4 + 3 * 2)
     assert page.row_nbytes == 2 * HEADS * WIDTH * 2
 
 
@@ -211,7 +206,7 @@ def test_weights_are_the_softmax_over_what_each_query_saw(ragged: bool) -> None:
     torch.manual_seed(0)
     first = [5, 3] if ragged else [5, 5]
     counts = [3, 2] if ragged else [3, 3]
-    held = Held(*torch.randn(2, 2, HEADS, 8, WIDTH), torch.zeros(2, 8), {})
+    held = Held(*torch.randn(2, 2, HEADS, 8, WIDTH), torch.zeros(2, 8), {}, torch.empty(2, 8, 0))
     query = torch.randn(2, 2 * HEADS, 3, WIDTH)
     position = torch.tensor([[0, 1, 2] if n == 3 else [0, 1, -1] for n in counts])
     slots = torch.tensor(first)[:, None] if ragged else 5
@@ -224,4 +219,4 @@ def test_weights_are_the_softmax_over_what_each_query_saw(ragged: bool) -> None:
                 weights = (seen @ query[b, head, q] * 0.5).softmax(dim=0)
                 expected[b, q, : len(weights)] += weights / (2 * HEADS)
     torch.testing.assert_close(queries.weights, expected)
-    torch.testing.assert_close(queries.received, expected.sum(dim=1))
+    torch.testing.assert_close(queries.received, 2 * HEADS * expected.sum(dim=1))

@@ -128,11 +128,11 @@ def held_by(cache: PrunedCache, page: Page, sequence: int) -> list[int]:
     return page.position[sequence, :settled].tolist() + list(range(seen - used + settled, seen))
 
 
-def in_order(page: Page, column: Tensor) -> Tensor:
-    """The settled rows of a column (b, slots), by position."""
-    settled = page.settled[0]
-    order = page.position[:, :settled].argsort(dim=1)
-    return column[:, :settled].gather(1, order)
+def in_order(page: Page, *columns: str) -> list[Tensor]:
+    """What a page keeps of the rows that a step has seen, each (b, rows), by position."""
+    held = page.held(None, page.settled[0])
+    order = held.position.argsort(dim=1)
+    return [held.columns[name].gather(1, order) for name in columns]
 
 
 @matrix
@@ -246,7 +246,8 @@ def test_eviction_is_the_ranking_written_out(
     """The first layer, whose input no eviction changes, by the equations and Python loops."""
     model, handle = pruning_model(family)
     handle.config = replace(handle.config, attention_bonus=bonus)
-    ids = random_ids(2, LENGTH)
+    # Each token once: rotated keys of the same token are equally long.
+    ids = torch.stack([torch.randperm(VOCABULARY - 1)[:LENGTH] + 1 for _ in range(2)])
     soft = Noting(Level(prior(0.8, LENGTH)), margin_alone(handle), hard=True)
     soft.scores = {}
     with handle.running(soft):
@@ -289,7 +290,7 @@ def test_training_with_hard_decisions_is_inference(family: str) -> None:
         page = cache.pages[layer]
         seen = page.settled[0]
         assert seen > LENGTH - 64
-        margins = in_order(page, page.columns["margin"])
+        (margins,) = in_order(page, "margin")
         constant = handle.gate_list[layer].slope * level.log_window + level.shift
         # Attention sinks have no margin in training; at inference they are spared by `score`.
         torch.testing.assert_close((margins + constant)[:, 2:], least[:, seen - 1, 2:seen])
@@ -317,7 +318,8 @@ def test_training_sees_the_bonus_of_inference(
     cache = recording(handle)
     logits_of(model, ids, past_key_values=cache)
     for layer, page in enumerate(cache.pages):
-        used = in_order(page, page.columns["received"] * page.columns["size"]).log()
+        received, size = in_order(page, "received", "size")
+        used = (received * size).log()
         expected = 0.5 * (used - used[:, 2:].mean(dim=1, keepdim=True))
         last = page.settled[0] - 1
         added = (scores[1][layer] - scores[0][layer])[:, last, : last + 1]
@@ -444,7 +446,8 @@ def spoil(page: Page, masked: bool) -> None:
         free = [(tensor[b], used, 1) for tensor in tensors.values()]
         free += [(t[b], used - settled, 1) for t in waiting.values() if t is not None]
         # Columns of rows that no step has seen have no meaning yet.
-        free += [(column[b], settled, 0) for column in page.columns.values()]
+        columns = page.held(None, page.slots + 1).columns
+        free += [(column[b], settled, 0) for column in columns.values()]
         for tensor, first, axis in free:
             part = tensor.narrow(axis, first, tensor.shape[axis] - first)
             part.copy_(1e3 * torch.randn_like(part) if masked else torch.full_like(part, torch.nan))

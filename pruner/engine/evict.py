@@ -74,18 +74,19 @@ def moves(order: Tensor, stay: int | Tensor, most: int) -> tuple[Tensor, Tensor]
 
     Returns:
         source, target: (s, most) int64. Rows that stay behind slot `stay` go to slots before it
-        that are free; the pairs after them copy what nobody reads, or a row onto itself.
+        that are free; the pairs after them copy what nobody reads.
     """
     leaving = order.shape[1] - stay
     if isinstance(stay, int):
         target = order[:, :leaving].sort(dim=1).values[:, :stay]
         return order[:, leaving:].sort(dim=1, descending=True).values[:, :leaving], target
-    place = torch.arange(order.shape[1], device=order.device)
-    target = order.masked_fill(place >= leaving, order.shape[1]).sort(dim=1).values[:, :most]
+    slots = order.shape[1]
+    place = torch.arange(slots, device=order.device)
+    target = order.masked_fill(place >= leaving, slots).sort(dim=1).values[:, :most]
     source = order.masked_fill(place < leaving, -1).sort(dim=1, descending=True).values[:, :most]
     needed = (target < stay) & (source >= stay)
-    source = source.clamp_min(0)
-    return source, torch.where(needed, target, source)
+    # A page has a slot more than it may use, so there is one behind all of these.
+    return torch.where(needed, source, slots), torch.where(needed, target, slots)
 
 
 def _note(

@@ -29,13 +29,15 @@ class SnapKVPolicy(Policy):
         self.rows = request.even_rows(least=2)
 
     def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
-        """(s, r): pooled votes; the observers, or half of fewer rows, are protected."""
+        """(s, r): the rank of the pooled votes; the observers, or half of fewer rows, are protected."""
         order = held.position.argsort(dim=1)
         votes = queries.received.gather(1, order)
         # Free slots come first and have no votes to give.
         votes = votes.masked_fill(held.position.gather(1, order) < 0, 0.0)
         pooled = F.max_pool1d(votes[:, None], KERNEL, stride=1, padding=KERNEL // 2)[:, 0]
-        scores = torch.empty_like(pooled).scatter_(1, order, pooled)
+        # Neighbours often have the same vote: the oldest leave first.
+        rank = pooled.argsort(dim=1, stable=True).argsort(dim=1).to(pooled.dtype)
+        scores = torch.empty_like(pooled).scatter_(1, order, rank)
         observers = (queries.position >= 0).sum(dim=1, keepdim=True).clamp_max(queries.stay // 2)
         return scores.masked_fill(held.position > queries.newest - observers, torch.inf)
 
