@@ -13,7 +13,9 @@ from ctxprune.evals.inspect.trace import Trace, overlap, pieces_of, trace
 from ctxprune.pruner import policies
 from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.handle import handle_of
+from ctxprune.pruner.engine.page import Page
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.gate import free_pairs
 
@@ -44,16 +46,23 @@ def read(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], tuple[str, ...]
     return pieces_of(tokenizer, TEXT * 4, 130)
 
 
+def positions(cache: PrunedCache, page: Page) -> set[int]:
+    """Those of the rows that a page holds of its only sequence."""
+    (seen,), (used,), (settled,) = cache.seen, page.used, page.settled
+    return {*page.position[0, :settled].tolist(), *range(seen - used + settled, seen)}
+
+
 @torch.no_grad()
 def decoded(model: PreTrainedModel, ids: list[int], policy: str) -> list[list[set[int]]]:
     """Positions that each layer holds after each token, read one by one by the plain policy."""
     handle = handle_of(model)
     handle.use(policy, SPARSITY, context=len(ids), max_rows=0)
     cache = handle.cache()
+    assert isinstance(cache, PrunedCache)
     held = []
     for token in ids:
         model(torch.tensor([[token]]), past_key_values=cache)
-        held.append([set(t.held[t.held >= 0].tolist()) for t in cache.tables()])
+        held.append([positions(cache, page) for page in cache.pages])
     handle.use(sparsity=0.0)
     return held
 
@@ -65,19 +74,32 @@ def test_it_agrees_with_decoding_token_by_token(
     ids, pieces = read
     found = trace(model, ids, pieces, policy, SPARSITY)
     held = decoded(model, ids, policy)
-    handle_of(model).use(policy, SPARSITY, context=len(ids))
-    chosen = handle_of(model).policy
-    assert chosen is not None
-    before_attention = chosen.budget is None
     for query in range(len(ids) - 1):
-        # What is held after a token: what it saw, less what left after it, which its successor
-        # does not see; a policy that decides before attention drops nothing after it.
-        seen = found.visible(query if before_attention else query + 1)
+        # What is held after a token is what its successor sees beside itself.
+        seen = found.visible(query + 1)
         for layer in range(found.layers):
             expected = set(seen[layer].nonzero()[:, 0].tolist()) - {query + 1}
             assert held[query][layer] == expected
     assert abs(found.sparsity - SPARSITY) < 0.05
     assert (found.expires < len(ids)).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [40, 128, 130])
+@pytest.mark.parametrize("policy", policies.names())
+def test_whoever_watches_changes_nothing(
+    model: PreTrainedModel, read: tuple[list[int], tuple[str, ...]], policy: str, tokens: int
+) -> None:
+    ids, pieces = (of[:tokens] for of in read)
+    found = trace(model, ids, pieces, policy, SPARSITY)
+    handle = handle_of(model)
+    handle.use(policy, SPARSITY, context=tokens, max_rows=0)
+    cache = handle.cache(record=True)
+    model(torch.tensor([ids]), past_key_values=cache)
+    assert isinstance(cache, PrunedCache) and cache.expires is not None
+    assert torch.equal(found.expires, torch.cat(cache.expires).clamp_max(tokens))
+    assert bool((found.expires < tokens).any())
+    handle.use(sparsity=0.0)
 
 
 def test_the_gates_dropper_is_the_query_that_scored_a_token_least(
@@ -118,14 +140,12 @@ def test_the_gates_dropper_is_the_query_that_scored_a_token_least(
 
 
 @pytest.mark.parametrize("policy", ["window", "sink", "tova"])
-def test_other_policies_name_the_query_that_a_token_left_for(
+def test_other_policies_name_the_last_query_before_a_token_left(
     model: PreTrainedModel, read: tuple[list[int], tuple[str, ...]], policy: str
 ) -> None:
     found = trace(model, *read, policy, SPARSITY)
     left = found.expires < found.tokens
-    # TOVA evicts after a token, the windows before one.
-    expected = found.expires - (1 if policy == "tova" else 0)
-    assert torch.equal(found.dropper[left], expected[left]) and bool(left.any())
+    assert torch.equal(found.dropper[left], found.expires[left] - 1) and bool(left.any())
     assert bool((found.dropper[~left] == -1).all())
 
 
@@ -138,7 +158,7 @@ def test_attention_is_that_of_the_last_queries_which_saw_a_token(
     model.config._attn_implementation = "eager"
     weights = model(torch.tensor([ids]), output_attentions=True).attentions
     for layer, attention in enumerate(weights):
-        # Blocks of 128 queries: the last one has two, which see all tokens but the last.
+        # Queries are judged 16 at a time: the last two see all tokens but the last.
         mean = attention[0].mean(dim=0)
         expected = torch.cat([mean[128:, :129].mean(dim=0), mean[129:, 129]])
         torch.testing.assert_close(found.attention[layer].double(), expected, atol=1e-6, rtol=1e-4)

@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.handle import handle_of
-from ctxprune.pruner.engine.table import Table
+from ctxprune.pruner.engine.modes import Evict
+from ctxprune.pruner.engine.page import Held, Queries
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.files import whole
-from ctxprune.pruner.policies import Block, Policy
+from ctxprune.pruner.policies import Policy
+from ctxprune.pruner.rows import Rows, unlimited
 
 TENSORS = ("expires", "dropper", "attention")
 
@@ -39,10 +40,10 @@ class Trace:
         expires: (layers, n) int64, position of the first query that does not see token j any more;
             n if all do.
         dropper: (layers, n) int64, position of the query that token j left for: the one that
-            scored it least, if the policy judges by query (gate), decided by itself (window, sink,
-            strided), else the last one read before it left; -1 if it did not.
-        attention: (layers, n) float32, mean attention a query, over heads, that token j got in the
-            last block of queries that saw it.
+            scored it least, if the policy judges by query (gate), else the last one read before
+            it left; -1 if it did not.
+        attention: (layers, n) float32, mean attention a query, over heads, that token j got from
+            the last queries that saw it: those between two eviction steps, or up to the end.
     """
 
     model: str
@@ -150,15 +151,15 @@ def trace(
     evicts_every = handle.evicts_every
     dense = handle.policy is None
     watched = _Watched(handle.policy or Policy(), len(handle.gates), len(ids))
-    handle.use(watched, sparsity, max_rows=0)
-    cache = handle.cache(record=True)
-    model(torch.tensor([list(ids)], device=model.device), past_key_values=cache, logits_to_keep=1)
-    assert isinstance(cache, PrunedCache) and cache.expires is not None
+    mode = Evict(watched)
+    cache = handle.new_cache(mode, record=True)
+    with handle.running(mode):
+        tokens = torch.tensor([list(ids)], device=model.device)
+        model(tokens, past_key_values=cache, logits_to_keep=1)
+    assert cache.expires is not None
     expires = torch.cat(cache.expires).cpu().clamp_max(len(ids))
-    dropper = watched.dropper.cpu()
-    if not watched.digests:
-        # A budget is kept after a token, the other policies decide before a query looks.
-        dropper = expires - (0 if watched.budget is None else 1)
+    # A row that no query gave a margin before it left did so for the last one.
+    dropper = torch.where(watched.dropper >= 0, watched.dropper, expires - 1)
     return Trace(
         model=name,
         policy="dense" if dense else policy,
@@ -167,8 +168,26 @@ def trace(
         pieces=tuple(pieces),
         expires=expires,
         dropper=dropper.masked_fill(expires == len(ids), -1),
-        attention=watched.attention.cpu(),
+        attention=watched.attention,
     )
+
+
+class _ToTheEnd(Rows):
+    """The rows of a policy; after the last token it is asked once more, and all of them stay."""
+
+    def __init__(self, rows: Rows, tokens: int) -> None:
+        self.__dict__.update(vars(rows))
+        self._tokens = tokens
+
+    def step(self, layer: int, sequence: int, seen: int) -> int:
+        """As the rows have it, and at the last token."""
+        step = super().step(layer, sequence, seen)
+        return min(step, self._tokens) if seen < self._tokens else step
+
+    def after(self, layer: int, sequence: int, seen: int) -> int:
+        """As the rows have it; all of them, where they have no step."""
+        due = super().step(layer, sequence, seen - 1) == seen
+        return super().after(layer, sequence, seen) if due else seen
 
 
 class _Watched(Policy):
@@ -178,50 +197,41 @@ class _Watched(Policy):
         policy: the one that decides. layers: of the model. tokens: of the text.
     """
 
-    needs_weights = True
+    watches = True
 
     def __init__(self, policy: Policy, layers: int, tokens: int) -> None:
         self._policy = policy
         self.columns = policy.columns
-        self.digests = policy.digests
-        self.budget = policy.budget
+        self.fresh = policy.fresh
+        self.rows = _ToTheEnd(policy.rows or Rows([unlimited(layers)]), tokens)
         self.dropper = torch.full((layers, tokens), -1)
         self.attention = torch.zeros(layers, tokens)
 
-    def annotate(self, layer: int, hidden: Tensor) -> dict[str, Tensor]:
+    def annotate(self, layer: int, hidden: Tensor) -> Tensor | None:
         """As the policy does."""
         return self._policy.annotate(layer, hidden)
 
-    def keep(self, layer: int, table: Table, block: Block) -> Tensor | None:
-        """As the policy does."""
-        return self._policy.keep(layer, table, block)
+    def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
+        """As the policy does; notes attention, and who lowered margins."""
+        seeing = (queries.position[0, :, None] >= held.position[0]).sum(dim=0)
+        mean = queries.weights[0].sum(dim=0) / seeing
+        self.attention[layer, held.position[0].cpu()] = mean.float().cpu()
+        if "margin" in held.columns:
+            self._judge(layer, held, queries)
+        return self._policy.score(layer, held, queries)
 
-    def observe(self, layer: int, table: Table, block: Block, weights: Tensor) -> None:
-        """Note the mean attention of the queries that see each row."""
-        if self._policy.needs_weights:
-            self._policy.observe(layer, table, block, weights)
-        seeing = (weights > 0).sum(dim=1)
-        mean = weights.sum(dim=1) / seeing.clamp_min(1)
-        seen = seeing[0] > 0
-        self.attention[layer, table.held[0, seen].cpu()] = mean[0, seen].float().cpu()
-
-    def digest(self, layer: int, table: Table, block: Block) -> None:
-        """Query by query, to see which one lowers a row's score."""
-        newest = block.position.amax(dim=1, keepdim=True)
-        before = self._policy.score(layer, table, newest, newest).clone()
-        for query in range(block.position.shape[1]):
-            part = slice(query, query + 1)
-            notes = {name: note[:, part] for name, note in block.notes.items()}
-            one = Block(block.position[:, part], notes, block.seen, block.padded)
-            self._policy.digest(layer, table, one)
-            after = self._policy.score(layer, table, newest, newest)
-            lowered = (after < before)[0] & (table.held[0] >= 0)
-            self.dropper[layer, table.held[0, lowered].cpu()] = int(one.position)
-            before = after.clone()
-
-    def score(self, layer: int, table: Table, newest: Tensor, limit: Tensor) -> Tensor:
-        """As the policy does."""
-        return self._policy.score(layer, table, newest, limit)
+    def _judge(self, layer: int, held: Held, queries: Queries) -> None:
+        """Ask query by query, to see which one lowers a margin, and leave the columns as before."""
+        columns = {name: column.clone() for name, column in held.columns.items()}
+        before = columns["margin"]
+        for query in range(queries.position.shape[1]):
+            self._policy.score(layer, held, queries.part(query))
+            after = held.columns["margin"].clone()
+            lowered = held.position[0, (after < before)[0]]
+            self.dropper[layer, lowered.cpu()] = int(queries.position[0, query])
+            before = after
+        for name, column in columns.items():
+            held.columns[name].copy_(column)
 
 
 def overlap(one: Trace, other: Trace) -> float:

@@ -11,7 +11,7 @@ d head_dim.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -255,6 +255,17 @@ class Queries:
     def received(self) -> Tensor:
         """(s, r): the attention that each row got from all of them, the sum over heads."""
         return self._weights().sum(dim=(1, 2))
+
+    def part(self, query: int) -> Queries:
+        """One of them alone, by its number."""
+        one, features = slice(query, query + 1), self.features
+        return replace(
+            self,
+            position=self.position[:, one],
+            first=self.first + query,
+            features=None if features is None else features[:, one],
+            query=None if self.query is None else self.query[:, :, one],
+        )
 
     def _weights(self) -> Tensor:
         """(s, h_kv, groups * q, r): softmax(Q K^T scale), of the queries as they stand."""
