@@ -10,7 +10,18 @@ import typer
 
 from ctxprune.cli.console import check_writable, say, write_text
 from ctxprune.cli.console import out as stdout
-from ctxprune.cli.options import Dtype, MaxRows, Model, Policy, Seed, given, numbers, whole, words
+from ctxprune.cli.options import (
+    Dtype,
+    Evict,
+    MaxRows,
+    Model,
+    Policy,
+    Seed,
+    given,
+    numbers,
+    whole,
+    words,
+)
 from ctxprune.cli.workspace import current
 
 EXAMPLES = """
@@ -21,6 +32,8 @@ Examples:
   ctxprune eval --sparsity 0,0.5,0.8 --json results.json
 
   ctxprune eval --tasks retrieval,last_word --lengths 1024,2048 --text book.txt
+
+  ctxprune eval --policy h2o --evict prompt --context 1280 --prompt 1024 --sparsity 0.8
 
   ctxprune eval --policy sink --sparsity 0.8 --tasks piqa --data-dir ./tasks --limit 100
 """
@@ -36,6 +49,7 @@ def evaluate(
         str | None, typer.Option(help="Levels, comma-separated; default: 0 and the calibrated.")
     ] = None,
     policy: Policy = None,
+    evict: Evict = None,
     max_rows: MaxRows = None,
     text: Annotated[
         str | None,
@@ -43,6 +57,10 @@ def evaluate(
     ] = None,
     context: Annotated[
         int | None, typer.Option(help="Tokens a window of that text, for perplexity; default: 512.")
+    ] = None,
+    prompt: Annotated[
+        int | None,
+        typer.Option(help="How many of them are read and not scored; default: the first."),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(help="At most so many tokens of it, for perplexity; default: all.")
@@ -59,7 +77,7 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Texts a forward pass; default: 1.")
+        int | None, typer.Option(help="Texts a forward pass, at most; default: 8.")
     ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of TASK.jsonl, to run the tasks offline.")
@@ -76,9 +94,11 @@ def evaluate(
         tasks=words(tasks),
         sparsity=numbers(sparsity),
         policy=policy,
+        evict=evict,
         max_rows=max_rows,
         text=text,
         context=context,
+        prompt=prompt,
         tokens=tokens,
         lengths=whole(lengths),
         limit=limit,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ctxprune.cli.console import data, live_memory, say, stream
-from ctxprune.cli.options import Dtype, MaxRows, Model, Policy, Seed, given, option
+from ctxprune.cli.options import Dtype, Evict, MaxRows, Model, Policy, Seed, given, option
 from ctxprune.cli.workspace import current
 from ctxprune.pruner.config import GenerateConfig
 from ctxprune.pruner.errors import CtxpruneError
@@ -26,6 +26,8 @@ Examples:
 
   ctxprune generate --max-rows 256 - < long-prompt.txt
 
+  ctxprune generate --policy snapkv --evict prompt --sparsity 0.8 - < long-prompt.txt
+
   ctxprune generate --show "Once upon a time"
 """
 
@@ -39,6 +41,7 @@ def generate(
         float | None, typer.Option(help="Level in [0, 1); default: the tuned one.")
     ] = None,
     policy: Policy = None,
+    evict: Evict = None,
     max_rows: MaxRows = None,
     max_new_tokens: Annotated[
         int | None, option("Tokens to write", GenerateConfig.max_new_tokens)
@@ -69,6 +72,7 @@ def generate(
         prompt=[sys.stdin.read() if text == "-" else text for text in prompt],
         sparsity=sparsity,
         policy=policy,
+        evict=evict,
         max_rows=max_rows,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -89,6 +93,7 @@ def write(
 ) -> None:
     """Write texts to stdout, and say on stderr what the cache holds after it."""
     from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
+    from ctxprune.pruner.engine.handle import handle_of
     from ctxprune.pruner.generation import generate as run
 
     single = len(config.prompt) == config.num_beams == config.num_return_sequences == 1
@@ -96,13 +101,10 @@ def write(
         raise CtxpruneError(
             "--show colours one text as it is written", "give one prompt, without --json or beams"
         )
-    model = load(
-        folder,
-        sparsity=config.sparsity,
-        policy=config.policy,
-        max_rows=config.max_rows,
-        dtype=config.dtype,
-    )
+    model = load(folder, sparsity=0.0, max_rows=0, dtype=config.dtype)
+    handle = handle_of(model)
+    sparsity = handle.config.tuned if config.sparsity is None else config.sparsity
+    handle.use(config.policy, sparsity, max_rows=config.max_rows, evict=config.evict)
     tokenizer = load_tokenizer(folder)
     streams = single and not as_json
     if show:
@@ -119,8 +121,10 @@ def write(
         say(f"dense, {pace}")
         return
     capped = f", at the cap {done.capped:.0%} of the time" if done.capped else ""
+    memory = f"cache {done.kv_bytes / 1e6:.2f} MB of {done.dense_kv_bytes / 1e6:.2f} MB dense"
+    if done.kv_bytes >= done.dense_kv_bytes:
+        memory = f"the text is shorter than a page: {done.room:.0f} rows of room a layer"
     say(
         f"{done.sparsity:.1%} of the tokens forgotten, {done.rows:.0f} rows a layer, "
-        f"cache {done.kv_bytes / 1e6:.2f} MB of {done.dense_kv_bytes / 1e6:.2f} MB dense"
-        f"{capped}, {pace}"
+        f"{memory}{capped}, {pace}"
     )

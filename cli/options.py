@@ -19,6 +19,10 @@ Policy = Annotated[
     str | None,
     typer.Option(help="gate (default), window, sink, strided, h2o, tova, snapkv, knorm or random."),
 ]
+Evict = Annotated[
+    str | None,
+    typer.Option(help="Rows leave while `reading` a prompt (default), or after the `prompt`."),
+]
 MaxRows = Annotated[
     int | None,
     typer.Option(help="Cap on the rows of a sequence in a layer; default: the model's; 0: none."),

@@ -233,6 +233,7 @@ class GenerateConfig(FromMapping):
         prompt: texts to continue, as one batch; a single string is a batch of one.
         sparsity: level in [0, 1); None: the tuned one.
         policy: which eviction policy decides.
+        evict: `reading`: rows leave while a prompt is read; `prompt`: not before its end.
         max_rows: cap on the rows of a sequence in a layer; None: the one of the model; 0: none.
         max_new_tokens: tokens to write.
         temperature: of sampling; 0 is greedy. top_k, top_p: sample among the likeliest only.
@@ -246,6 +247,7 @@ class GenerateConfig(FromMapping):
     prompt: tuple[str, ...] = ()
     sparsity: float | None = None
     policy: str = "gate"
+    evict: str = "reading"
     max_rows: int | None = None
     max_new_tokens: int = 128
     temperature: float = 0.0

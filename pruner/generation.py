@@ -29,6 +29,7 @@ class Generation:
         tokens_per_s: new tokens of all returned texts a second, prefill included.
         sparsity: share of the tokens seen that are gone from the cache at the end; 0 if dense.
         rows: that a layer holds of a text at the end, on average; 0 if dense.
+        room: rows that its page has room for; a shorter text takes as much memory. 0 if dense.
         kv_bytes: of the cache at the end; dense_kv_bytes: of a dense one. 0 if dense.
         capped: share of the times that the cap on rows was asked at which it made some leave.
     """
@@ -37,6 +38,7 @@ class Generation:
     tokens_per_s: float
     sparsity: float
     rows: float
+    room: float
     kv_bytes: int
     dense_kv_bytes: int
     capped: float
@@ -96,11 +98,13 @@ def generate(
     seconds = time.monotonic() - began
     new = ids.shape[0] * (ids.shape[1] - batch["input_ids"].shape[1])
     held = handle.last_cache
+    rooms: list[int] = [] if held is None else [page.slots for page in held.pages]
     return Generation(
         tokenizer.batch_decode(ids, skip_special_tokens=True),
         new / seconds,
         0.0 if held is None else held.sparsity,
         0.0 if held is None else held.rows,
+        sum(rooms) / max(len(rooms), 1),
         0 if held is None else held.nbytes,
         0 if held is None else held.dense_nbytes,
         usage.capped_share,

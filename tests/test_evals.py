@@ -52,16 +52,78 @@ def test_perplexity_is_the_naive_cross_entropy(
     assert result.sparsity == result.cache_sparsity == 0.0
 
 
-def test_perplexity_reports_progress_and_refuses_no_text(
-    tiny_folder: Callable[[str], Path],
-) -> None:
+def test_no_text_is_refused(tiny_folder: Callable[[str], Path]) -> None:
     model = load(tiny_folder("gpt2"), sparsity=0.0)
-    seen: list[tuple[int, int]] = []
     ids = torch.ones(3, 8, dtype=torch.int64)
-    perplexity(model, ids, 2, lambda done, total: seen.append((done, total)))
-    assert seen == [(2, 3), (3, 3)]
-    with pytest.raises(CtxpruneError, match="too short"):
-        perplexity(model, ids[:0])
+    for windows, prompt in ((ids[:0], 1), (ids, 8)):
+        with pytest.raises(CtxpruneError, match="too short"):
+            perplexity(model, windows, prompt=prompt)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("evict", ["reading", "prompt"])
+def test_a_prompt_is_read_and_the_rest_is_scored(
+    tiny_folder: Callable[[str], Path], evict: str
+) -> None:
+    model = load(tiny_folder("llama"), sparsity=0.0)
+    windows = torch.randint(1, model.config.vocab_size, (3, 96))
+    model.ctxprune.use("sink", 0.7, context=96, prompt=63, evict=evict)
+    nll = 0.0
+    for window in windows:
+        # The prompt but for its last token, then one token after the other.
+        cache = model.ctxprune.cache()
+        model(window[None, :63], past_key_values=cache)
+        for position in range(63, 95):
+            logits = model(window[None, position : position + 1], past_key_values=cache).logits
+            nll -= logits[0, -1].double().log_softmax(-1)[window[position + 1]].item()
+        model(window[None, 95:], past_key_values=cache)
+    found = perplexity(model, windows, 2, 64)
+    assert found.tokens == 3 * 32
+    assert found.perplexity == pytest.approx(math.exp(nll / found.tokens), rel=1e-4)
+    assert found.rows == pytest.approx(cache.rows)
+    model.ctxprune.use(sparsity=0.0)
+    assert perplexity(model, windows, 2, 64).perplexity != pytest.approx(found.perplexity, rel=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["gate", "tova", "window"])
+@pytest.mark.parametrize("evict", ["reading", "prompt"])
+def test_perplexity_does_not_depend_on_the_batch(
+    embedded_folder: Path, policy: str, evict: str
+) -> None:
+    model = load(embedded_folder, sparsity=0.0, dtype="float64")
+    handle = model.ctxprune
+    handle.config = dataclasses.replace(handle.config, levels={0.8: (0.2,) * len(handle.gates)})
+    windows = torch.randint(1, model.config.vocab_size, (5, 120))
+    handle.use(policy, 0.8, context=120, prompt=79, evict=evict)
+    alone, some = (perplexity(model, windows, size, 80) for size in (1, 3))
+    for name, value in dataclasses.asdict(alone).items():
+        assert getattr(some, name) == pytest.approx(value, rel=1e-9), name
+    assert alone.rows is not None and 0 < alone.rows < 60
+
+
+def test_both_protocols_hold_as_many_rows(
+    tiny_folder: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    folder, state = tiny_folder("gpt2"), tmp_path / "eval.json"
+    config = EvalConfig(
+        sparsity=(0.0, 0.7), policy="h2o", text=str(text), context=96, prompt=64, tokens=4 * 96
+    )
+    reading = evaluate(folder, config, state=state)
+    lines: list[str] = []
+    late = dataclasses.replace(config, evict="prompt")
+    after = evaluate(folder, late, state=state, on_event=lines.append)
+    assert "perplexity at sparsity 0.7: running" in lines
+    assert (reading["evict"], after["evict"]) == ("reading", "prompt")
+    assert reading["prompt"] == after["prompt"] == 64
+    (dense, early), (other, pruned) = reading["levels"], after["levels"]
+    assert dense["rows"] is None and dense["tokens"] == 4 * 32
+    assert dense["perplexity"] == other["perplexity"] != pruned["perplexity"]
+    assert early["rows"] == pytest.approx(pruned["rows"], abs=8)  # an eviction interval
+    assert early["sparsity"] == pytest.approx(0.7, abs=0.03)
+    assert 0.0 < pruned["sparsity"] < early["sparsity"]
+    assert early["cache_sparsity"] == pytest.approx(pruned["cache_sparsity"], abs=0.1)
+    other_prompt = dataclasses.replace(config, prompt=48)
+    assert evaluate(folder, other_prompt, state=state)["levels"][0]["tokens"] == 4 * 48
 
 
 def test_every_level_is_measured(tiny_folder: Callable[[str], Path], config: EvalConfig) -> None:
@@ -119,7 +181,11 @@ def test_a_task_added_later_is_run_alone(
         "piqa at sparsity 0.5: running",
     ]
     dense, pruned = (level["tasks"]["piqa"] for level in result["levels"])
-    assert dense.keys() == pruned.keys() == {"acc", "acc_norm", "stderr", "sparsity", "capped", "n"}
+    assert (
+        dense.keys()
+        == pruned.keys()
+        == {*("acc", "acc_norm", "stderr", "sparsity", "rows", "capped", "n")}
+    )
     assert dense["sparsity"] == 0.0 < pruned["sparsity"]
     assert dense["n"] == 2
 
@@ -190,7 +256,7 @@ def test_our_own_tasks_are_measured_at_every_level(
         at = {"policy": "sink", "sparsity": level["sparsity_requested"]}
         assert level["tasks"] == {
             "retrieval": retrieval.score(model, prompts, **at),
-            "last_word": last_word.score(model, passages, **at),
+            "last_word": last_word.score(model, passages, **at, batch_size=8),
         }
     dense, pruned = (level["tasks"] for level in result["levels"])
     assert dense["retrieval"]["sparsity"] == dense["last_word"]["sparsity"] == 0.0
@@ -267,6 +333,9 @@ def test_unknown_tasks_name_the_nearest_of_ours_too(
         ({"lengths": [1024.5]}, "lengths must be whole numbers"),
         ({"lengths": []}, "lengths must be whole numbers"),
         ({"lengths": 1024}, "not iterable"),
+        ({"evict": "promt"}, "did you mean `prompt`"),
+        ({"evict": "prompt"}, "need one in the windows of perplexity"),
+        ({"context": 64, "prompt": 64}, "context must be at least 65"),
     ],
 )
 def test_bad_settings_are_refused(raw: dict[str, object], message: str) -> None:

@@ -1,7 +1,9 @@
 """lm-eval's tasks through the evicting engine, against lm-eval's own model."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +11,11 @@ from conftest import STORY, write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel
 
 from ctxprune.evals.quality.harness import PrunedLM, load_tasks, score, task_manager
 from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
+from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 
 
@@ -85,6 +89,11 @@ def test_pruned_scores_do_not_depend_on_the_batch(tiny_folder: Callable[[str], P
     assert abs(dense[2][0] - alone[2][0]) > 1e-4  # it did evict
 
 
+def running_at(model: PreTrainedModel, tokens: int, prompt: int | None = None) -> Any:
+    handle = handle_of(model)
+    return handle.running(handle.at(tokens, prompt))
+
+
 def test_logits_of_the_prompts_alone_are_left_out(tiny_folder: Callable[[str], Path]) -> None:
     folder = tiny_folder("llama")
     model = load(folder, policy="sink", sparsity=0.5)
@@ -98,10 +107,103 @@ def test_logits_of_the_prompts_alone_are_left_out(tiny_folder: Callable[[str], P
     assert shapes == [(3, 41 - 30)]
     for (found, _), (_, read, answer) in zip(scores, requests, strict=True):
         ids = torch.tensor([read + answer])
-        with torch.inference_mode(), model.ctxprune.fitted([ids.shape[1] - 1]):
+        with torch.inference_mode(), running_at(model, ids.shape[1] - 1):
             logits = model(ids[:, :-1]).logits[0, -len(answer) :]
         chosen = logits.log_softmax(-1).gather(1, ids[0, -len(answer) :, None])
         assert found == pytest.approx(float(chosen.sum()), abs=1e-4)
+
+
+def test_the_context_but_its_last_token_is_the_prompt(tiny_folder: Callable[[str], Path]) -> None:
+    folder = tiny_folder("llama")
+    model = load(folder, sparsity=0.0)
+    model.ctxprune.use("sink", 0.7, evict="prompt")
+    lm = PrunedLM(model, load_tokenizer(folder), batch_size=2)
+    texts = [(range(5, 65), [7, 8, 9]), (range(9, 50), [3])]
+    requests = [(("", str(n)), list(read), answer) for n, (read, answer) in enumerate(texts)]
+    scores = lm._loglikelihood_tokens(requests)
+    for (found, _), (_, context, answer) in zip(scores, requests, strict=True):
+        ids = torch.tensor([context + answer])
+        length = ids.shape[1] - 1
+        with torch.inference_mode(), running_at(model, length, len(context) - 1):
+            with handle_of(model).measure() as usage:
+                logits = model(ids[:, :-1]).logits[0, -len(answer) :]
+        chosen = logits.log_softmax(-1).gather(1, ids[0, -len(answer) :, None])
+        assert found == pytest.approx(float(chosen.sum()), abs=1e-4)
+        # The query that predicts the first token is the first one that misses rows.
+        gone = usage.evicted
+        with torch.inference_mode(), running_at(model, length, len(context)):
+            with handle_of(model).measure() as usage:
+                model(ids[:, :-1])
+        assert 0 <= usage.evicted < gone
+
+
+def test_continuations_that_share_all_but_the_last_token_are_read_once(
+    tiny_folder: Callable[[str], Path],
+) -> None:
+    folder = tiny_folder("gpt2")
+    model = load(folder, policy="sink", sparsity=0.5)
+    lm = PrunedLM(model, load_tokenizer(folder), batch_size=4)
+    read = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.extend(args[0].tolist()), with_kwargs=True
+    )
+    context = list(range(5, 45))
+    answers = ([3], [4], [7, 8], [7, 9])
+    requests = [(("", str(n)), context, answer) for n, answer in enumerate(answers)]
+    together = lm._loglikelihood_tokens(requests)
+    assert len(read) == 2
+    alone = [lm._loglikelihood_tokens([request])[0] for request in requests]
+    for (one, _), (other, _) in zip(together, alone, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.fixture
+def writing_task(tmp_path: Path) -> Any:
+    """A task of lm-eval's whose answers are written."""
+    rows = [{"text": STORY * (1 + n % 3) + "He", "answer": "sails"} for n in range(4)]
+    (tmp_path / "writing.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = {
+        "task": "writing",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "writing.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["never written"], "max_gen_toks": 200, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    return task_manager().load([config])["tasks"]["writing"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("policy", ["sink", "tova"])
+def test_texts_that_are_written_have_the_sparsity_asked_for(
+    tiny_folder: Callable[[str], Path], writing_task: Any, policy: str, batch_size: int
+) -> None:
+    folder = tiny_folder("llama")
+    model = load(folder)
+    model.generation_config.suppress_tokens = [0]  # no end of text before the announced length
+    found = score(
+        model,
+        load_tokenizer(folder),
+        writing_task,
+        policy=policy,
+        sparsity=0.8,
+        batch_size=batch_size,
+    )
+    assert found["sparsity"] == pytest.approx(0.8, abs=0.02)
+    assert found["n"] == 4 and found["exact_match"] == 0.0
+    assert found["rows"] is not None and 10 < found["rows"] < 80
+
+
+def test_a_task_without_prompts_cannot_evict_after_them(
+    tiny_folder: Callable[[str], Path], writing_task: Any
+) -> None:
+    folder = tiny_folder("llama")
+    writing_task.OUTPUT_TYPE = "loglikelihood_rolling"
+    with pytest.raises(CtxpruneError, match="`writing` scores whole texts"):
+        score(load(folder), load_tokenizer(folder), writing_task, evict="prompt")
 
 
 def test_a_text_that_ends_in_token_0_is_not_taken_for_padding(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ctxprune.evals.quality.retrieval import CHOICES, DEPTHS, NAMES, VALUES, Pro
 from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.data import read_texts
 from ctxprune.pruner.engine.handle import Handle
+from ctxprune.pruner.engine.modes import Mode
 from ctxprune.pruner.errors import CtxpruneError
 
 # Not one of the values is in it.
@@ -158,27 +158,43 @@ def test_a_policy_that_drops_the_fact_loses_the_answer(words: PreTrainedTokenize
     assert pruned["stderr"] == pytest.approx((mean * (1 - mean) / 39) ** 0.5)
 
 
+def test_after_the_prompt_the_answer_comes_from_what_is_left(
+    words: PreTrainedTokenizerBase,
+) -> None:
+    known = [encode(words, f" {value}") for value in VALUES]
+    model = remembering_model([ids[0] for ids in known if len(ids) == 1], len(words))
+    made = prompts(words, [PLAIN], lengths=(256, 512), per_cell=4)
+    reading, late = (
+        score(model, made, policy="window", sparsity=0.5, evict=evict)
+        for evict in ("reading", "prompt")
+    )
+    assert late["cells"] == reading["cells"]  # a window forgets the same, whenever it does
+    assert late["rows"] == pytest.approx(reading["rows"], abs=8)  # an eviction interval
+    assert 0.0 < late["sparsity"] < 0.01
+
+
 def test_the_policy_is_told_the_length_of_the_prompt(
     words: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = remembering_model([5], len(words))
     made = prompts(words, [PLAIN], lengths=(128, 256), per_cell=1)
-    chosen, lengths = [], []
-    use, fitted = Handle.use, Handle.fitted
+    chosen, told = [], []
+    use, at = Handle.use, Handle.at
 
     def choosing(self: Handle, *args: Any, **kwargs: Any) -> None:
         chosen.append((args, kwargs))
         use(self, *args, **kwargs)
 
-    def fitting(self: Handle, context: list[int]) -> AbstractContextManager[None]:
-        lengths.append(context)
-        return fitted(self, context)
+    def announced(self: Handle, context: Any, prompt: Any = None) -> Mode:
+        told.append((context, prompt))
+        return at(self, context, prompt)
 
     monkeypatch.setattr(Handle, "use", choosing)
-    monkeypatch.setattr(Handle, "fitted", fitting)
+    monkeypatch.setattr(Handle, "at", announced)
     capped = score(model, made, policy="sink", sparsity=0.3, max_rows=64)
-    assert chosen == [(("sink", 0.3), {"max_rows": 64})]
-    assert lengths == [[len(p.ids)] for p in made]
+    assert chosen == [(("sink", 0.3), {"max_rows": 64, "evict": "reading"})]
+    # `use` asks once; the last token, whose logits answer, is no part of the prompt.
+    assert told[1:] == [([len(p.ids)], [len(p.ids) - 1]) for p in made]
     assert capped["capped"] > 0.0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ctxprune.pruner.engine.handle import Usage
+from ctxprune.pruner.engine.usage import Usage
 from ctxprune.pruner.errors import CtxpruneError
 
 
@@ -19,8 +19,20 @@ def refuse_dense(name: str, usage: Usage, sparsity: float) -> None:
         )
 
 
-def accuracy(name: str, hits: Sequence[bool], usage: Usage, sparsity: float) -> dict[str, float]:
-    """`acc` with its `stderr`, and as lm-eval's tasks have them `sparsity`, `capped` and `n`.
+def used(usage: Usage) -> dict[str, float | None]:
+    """What every task says of what was evicted meanwhile.
+
+    `sparsity`: share of the earlier tokens that were gone when a query looked; `rows`: that a
+    layer held at the end of a text, on average, None if dense; `capped`: share of the times that
+    the cap on rows was asked at which it made some leave.
+    """
+    return {"sparsity": usage.sparsity, "rows": usage.rows, "capped": usage.capped_share}
+
+
+def accuracy(
+    name: str, hits: Sequence[bool], usage: Usage, sparsity: float
+) -> dict[str, float | None]:
+    """`acc` with its `stderr`, what `used` says, and `n`.
 
     Args:
         name: of the task.
@@ -36,4 +48,4 @@ def accuracy(name: str, hits: Sequence[bool], usage: Usage, sparsity: float) -> 
     acc = sum(hits) / n
     # The standard error of a mean of zeros and ones; from a single one it cannot be told.
     stderr = {"stderr": math.sqrt(acc * (1 - acc) / (n - 1))} if n > 1 else {}
-    return {"acc": acc, **stderr, "sparsity": usage.sparsity, "capped": usage.capped, "n": n}
+    return {"acc": acc, **stderr, **used(usage), "n": n}

@@ -12,28 +12,36 @@ from transformers import PreTrainedModel
 from ctxprune.pruner.engine.handle import handle_of
 
 
-def last_logits(model: PreTrainedModel, texts: Sequence[Sequence[int]], first: int) -> Tensor:
-    """What the model predicts after the tokens from `first` on.
+def last_logits(
+    model: PreTrainedModel, texts: Sequence[Sequence[int]], answers: Sequence[int]
+) -> list[Tensor]:
+    """What the model predicts after the last tokens of each text.
 
     The texts are padded on the right. The engine is told which tokens are padding, or they would
     count as seen and kept; and it meets the sparsity of the chosen level in each text by itself.
+    What is before the last tokens is the prompt, where rows leave after the prompt: all
+    predictions are made from what is left.
 
     Args:
         model: a loaded checkpoint, with its handle at `model.ctxprune`, at the level to score.
         texts: token ids, at least one text.
-        first: position below the length of the longest; logits before it are not computed.
+        answers: how many of the last tokens of each; no other logits are computed.
 
     Returns:
-        (texts, longest - first, vocabulary), in the model's dtype; at padding, anything.
+        A (tokens, vocabulary) tensor a text, in the model's dtype.
     """
     lengths = [len(text) for text in texts]
+    prompts = [length - answer for length, answer in zip(lengths, answers, strict=True)]
+    first = min(prompts)
     ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
     mask = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
-    with torch.inference_mode(), handle_of(model).running(handle_of(model).at(lengths)):
+    handle = handle_of(model)
+    with torch.inference_mode(), handle.running(handle.at(lengths, prompts)):
         logits: Tensor = model(
             ids.to(model.device),
             attention_mask=mask.long().to(model.device),
             use_cache=False,
             logits_to_keep=ids.shape[1] - first,
         ).logits
-    return logits
+    ends = zip(logits, prompts, lengths, strict=True)
+    return [of_text[start - first : end - first] for of_text, start, end in ends]

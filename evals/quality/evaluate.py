@@ -28,6 +28,7 @@ from ctxprune.pruner.data import read_texts, windows
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.policies import names as policy_names
+from ctxprune.pruner.rows import PROTOCOLS
 
 PERPLEXITY = "perplexity"
 OWN_TASKS = (retrieval.NAME, last_word.NAME)
@@ -42,16 +43,20 @@ class EvalConfig(FromMapping):
         tasks: run beside perplexity: `OWN_TASKS` and names of lm-eval tasks.
         sparsity: the levels asked for; None: 0 and every level the model was calibrated at.
         policy: which eviction policy decides.
+        evict: `reading`: rows leave while a text is read; `prompt`: not before the end of its
+            prompt. The rows are as many.
         max_rows: cap on the rows of a sequence in a layer; None: the one of the model; 0: none.
         text: for perplexity and our own tasks: .txt/.jsonl(.gz) file, folder, `datasets` name;
             None: the embedded evaluation sample.
         context: tokens a window of that text, for perplexity.
+        prompt: how many of them are read and not scored; None: the first.
         tokens: at most this many tokens of it; None: all.
         lengths: tokens a prompt of `retrieval`; those that the text or the model's positions
             cannot serve are left out.
         limit: documents a task, prompts a length and depth of `retrieval`; None: all of lm-eval's,
             and `retrieval.PER_CELL`, `last_word.LIMIT`.
-        batch_size: windows, requests or passages a forward pass; `retrieval` takes one text a pass.
+        batch_size: windows, requests or passages a forward pass, at most; `retrieval` takes one
+            text a pass.
         seed: of lm-eval's generators, and of the choice of texts of our own tasks.
         data_dir: folder of `<task>.jsonl`, the tasks' documents; None: from the hub.
         dtype, device: of the model.
@@ -60,13 +65,15 @@ class EvalConfig(FromMapping):
     tasks: tuple[str, ...] = ()
     sparsity: tuple[float, ...] | None = None
     policy: str = "gate"
+    evict: str = PROTOCOLS[0]
     max_rows: int | None = None
     text: str | None = None
     context: int = 512
+    prompt: int | None = None
     tokens: int | None = None
     lengths: tuple[int, ...] = retrieval.LENGTHS
     limit: int | None = None
-    batch_size: int = 1
+    batch_size: int = 8
     seed: int = 0
     data_dir: Path | None = None
     dtype: str = "float32"
@@ -81,8 +88,17 @@ class EvalConfig(FromMapping):
         if self.data_dir is not None:
             object.__setattr__(self, "data_dir", Path(self.data_dir))
         choose("policy", self.policy, policy_names())
+        choose("value of evict", self.evict, PROTOCOLS)
         choose("dtype", self.dtype, DTYPES)
         check_at_least("context", self.context, 2)
+        if self.prompt is not None:
+            check_at_least("prompt", self.prompt, 2)
+            check_at_least("context", self.context, self.prompt + 1)
+        elif self.evict == "prompt":
+            raise CtxpruneError(
+                "rows that leave after a prompt need one in the windows of perplexity too",
+                "give `--prompt N`: so many tokens of each are read, and the rest is scored",
+            )
         check_at_least("batch_size", self.batch_size, 1)
         if not self.lengths or {type(length) for length in self.lengths} != {int}:
             raise CtxpruneError("lengths must be whole numbers, at least one of them")
@@ -111,10 +127,9 @@ def evaluate(
         on_event: called with one line of text when a measurement starts, ends or is skipped.
 
     Returns:
-        `model`, `policy`, `context`, `levels` and provenance, ready for JSON. Each level has
-        `sparsity_requested`, `sparsity` (realised), `cache_sparsity`, `perplexity`, `tokens` and
-        `tasks`: name -> metrics, `stderr`, `sparsity` (on its own requests), `n`, and what else
-        the task gives.
+        `model`, `policy`, `evict`, `context`, `prompt`, `levels` and provenance, ready for JSON.
+        Each level has `sparsity_requested`, what `Perplexity` has, and `tasks`: name -> metrics,
+        `stderr`, `sparsity` and `rows` (on its own requests), `n`, and what else the task gives.
 
     Raises:
         CtxpruneError: for bad input, or a pruned level at which nothing was evicted.
@@ -166,15 +181,22 @@ def evaluate(
         handle.use(config.policy, level, context=config.context, max_rows=config.max_rows)
         evicts_every = max(evicts_every, handle.evicts_every)
         row = measure(level, PERPLEXITY, partial(_perplexity, model, text, config, level))
-        chosen = {"policy": config.policy, "sparsity": level, "max_rows": config.max_rows}
+        chosen = {
+            "policy": config.policy,
+            "sparsity": level,
+            "max_rows": config.max_rows,
+            "evict": config.evict,
+        }
         scores = {name: measure(level, name, partial(run, **chosen)) for name, run in runs.items()}
         rows.append({"sparsity_requested": level, **row, "tasks": scores})
     return {
         "model": str(folder),
         "policy": config.policy,
+        "evict": config.evict,
         "max_rows": config.max_rows,
         "evicts_every": evicts_every,
         "context": config.context,
+        "prompt": config.prompt,
         "levels": rows,
         "text": config.text or "embedded",
         "limit": config.limit,
@@ -236,11 +258,22 @@ def _own_tasks(
 def _perplexity(
     model: PreTrainedModel, text: Tensor, config: EvalConfig, level: float
 ) -> dict[str, Any]:
-    """Perplexity at one level; a fixed context lets a window policy choose its width."""
+    """Perplexity at one level, which is met in windows of the context.
+
+    As in tasks, the last token of a prompt sees what is left of the others: it predicts the first
+    one that is scored.
+    """
     torch.manual_seed(config.seed)
-    handle = handle_of(model)
-    handle.use(config.policy, level, context=config.context, max_rows=config.max_rows)
-    result = perplexity(model, text, config.batch_size)
+    prompt = config.prompt or 1
+    handle_of(model).use(
+        config.policy,
+        level,
+        context=config.context,
+        prompt=prompt - 1,
+        max_rows=config.max_rows,
+        evict=config.evict,
+    )
+    result = perplexity(model, text, config.batch_size, prompt)
     if level > 0 and result.sparsity == 0.0:
         raise CtxpruneError(
             f"not one token was evicted at sparsity {level:g}, so the perplexity would be the "
@@ -254,6 +287,7 @@ def _dependencies(config: EvalConfig, name: str) -> list[Any]:
     """The settings and files that one measurement depends on, beside the model."""
     common = [
         config.policy,
+        config.evict,
         config.max_rows,
         config.batch_size,
         config.seed,
@@ -261,7 +295,8 @@ def _dependencies(config: EvalConfig, name: str) -> list[Any]:
         config.device,
     ]
     if name == PERPLEXITY:
-        return [*common, config.text, config.context, config.tokens, text_stats(config.text)]
+        window = [config.context, config.prompt, config.tokens]
+        return [*common, config.text, *window, text_stats(config.text)]
     if name in OWN_TASKS:
         lengths = config.lengths if name == retrieval.NAME else ()
         return [*common, config.text, lengths, config.limit, text_stats(config.text)]

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets.exceptions import DatasetGenerationError
 from lm_eval import simple_evaluate
 from lm_eval.api.metrics import mean_stderr
@@ -25,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxprune.evals.quality.accuracy import refuse_dense
+from ctxprune.evals.quality.accuracy import refuse_dense, used
 from ctxprune.evals.quality.batch import last_logits
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError, choose
@@ -54,7 +55,6 @@ class PrunedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._dense = dense
-        self._answers: dict[tuple[int, ...], int] = {}
 
     def _loglikelihood_tokens(
         self,
@@ -62,38 +62,46 @@ class PrunedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         *args: Any,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Note for each input, which HFLM will pad, the tokens of its longest continuation."""
-        self._answers = {}
-        for _, context, continuation in requests:
-            read = tuple((context + continuation)[-(self.max_length + 1) : -1])
-            self._answers[read] = max(len(continuation), self._answers.get(read, 0))
-        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
-        return scores
+        """Log-likelihood of each continuation, and whether it is the likeliest.
 
-    def _model_call(
-        self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
-        """Logits for right-padded ids (batch, length): of every position for a dense model.
-
-        A pruned one has those from the first continuation of the batch on: HFLM counts from the
-        end, (batch, at most length, vocabulary).
+        Continuations that differ in their last token alone are read once, as HFLM does it.
         """
         if self._dense:
-            dense: Tensor = super()._model_call(inps, attn_mask, labels)
+            dense: list[tuple[float, bool]]
+            dense = super()._loglikelihood_tokens(requests, *args, **kwargs)
             return dense
-        reads = [self._unpadded(row) for row in inps.tolist()]
-        return last_logits(
-            self.model, reads, min(len(read) - self._answers[read] for read in reads)
-        )
+        shared: dict[tuple[int, ...], list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            read = tuple((context + continuation)[-(self.max_length + 1) : -1])
+            shared.setdefault(read, []).append(number)
+        reads = sorted(shared, key=len, reverse=True)
+        found = [(0.0, False)] * len(requests)
+        for start in range(0, len(reads), self.batch_size):
+            some = reads[start : start + self.batch_size]
+            answers = [max(len(requests[n][2]) for n in shared[read]) for read in some]
+            for read, logits in zip(some, last_logits(self.model, some, answers), strict=True):
+                predicted = logits.float().log_softmax(dim=-1).cpu()
+                for number in shared[read]:
+                    said = torch.tensor(requests[number][2])
+                    own = predicted[-len(said) :]
+                    likely = float(own.gather(1, said[:, None]).sum())
+                    found[number] = likely, torch.equal(own.argmax(dim=-1), said)
+        return found
 
-    def _unpadded(self, row: list[int]) -> tuple[int, ...]:
-        """The input that a padded row was.
-
-        The padding is token 0, which may also end a text, so the longest known input wins: a real
-        token is never taken for padding.
-        """
-        candidates = (tuple(row[:n]) for n in range(len(row), 0, -1))
-        return next(read for read in candidates if read in self._answers)
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> Tensor:
+        """Continue left-padded prompts (batch, length), each at the sparsity asked for."""
+        handle = handle_of(self.model)
+        prompts = options["attention_mask"].sum(dim=1).tolist()
+        new = max_length - context.shape[1]
+        handle.last_cache = None
+        with handle.running(handle.at([length + new for length in prompts], prompts)):
+            written: Tensor = super()._model_generate(context, max_length, stop, **options)
+        cache = handle.last_cache
+        if cache is not None and cache.usage is not None:
+            cache.usage.end(cache.rows, cache.seen)
+        return written
 
 
 @contextlib.contextmanager
@@ -177,10 +185,11 @@ def score(
     policy: str = "gate",
     sparsity: float = 0.0,
     max_rows: int | None = None,
+    evict: str = "reading",
     batch_size: int = 1,
     limit: int | None = None,
     seed: int = 0,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Run one task at one level.
 
     Args:
@@ -190,21 +199,28 @@ def score(
         policy: name of the eviction policy.
         sparsity: the level asked for.
         max_rows: cap on the rows of a sequence in a layer, as for `Handle.use`.
+        evict: as for `Handle.use`; the prompt is a request's context, but for its last token where
+            a continuation is scored: that one predicts the first token.
         batch_size: requests a forward pass.
         limit: score the first documents only.
         seed: of every generator lm-eval draws from.
 
     Returns:
         the task's metrics (`acc`, `acc_norm`, `perplexity` ...), `stderr` (standard error of the
-        mean of the first of them that is a mean over documents), `sparsity` (realised on this
-        task's own requests), `capped` (share of the times that the cap on rows made some leave)
-        and `n` (documents).
+        mean of the first of them that is a mean over documents), what `accuracy.used` says of this
+        task's own requests, and `n` (documents).
 
     Raises:
-        CtxpruneError: if the level asks for pruning and not one token was evicted.
+        CtxpruneError: if the level asks for pruning and not one token was evicted, or its texts
+            have no prompt and rows are to leave after it.
     """
+    name = task.task_name
+    if evict == "prompt" and task.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise CtxpruneError(
+            f"`{name}` scores whole texts, which have no prompt", "give `--evict reading`"
+        )
     handle = handle_of(model)
-    handle.use(policy, sparsity, max_rows=max_rows)
+    handle.use(policy, sparsity, max_rows=max_rows, evict=evict)
     dense = handle.policy is None
     with _quiet(), handle.measure() as usage:
         lm = PrunedLM(model, tokenizer, batch_size=batch_size, dense=dense)
@@ -220,13 +236,11 @@ def score(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    name = task.task_name
     refuse_dense(name, usage, sparsity)
     metrics = _metrics(output["results"][name], output["samples"][name])
     return {
         **metrics,
-        "sparsity": usage.sparsity,
-        "capped": usage.capped,
+        **used(usage),
         "n": output["n-samples"][name]["effective"],
     }
 

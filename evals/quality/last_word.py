@@ -115,8 +115,9 @@ def score(
     policy: str = "gate",
     sparsity: float = 0.0,
     max_rows: int | None = None,
+    evict: str = "reading",
     batch_size: int = 1,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Have the words predicted at one level, with tokens really evicted.
 
     Args:
@@ -125,6 +126,7 @@ def score(
         policy: name of the eviction policy.
         sparsity: the level asked for.
         max_rows: cap on the rows of a sequence in a layer, as for `Handle.use`.
+        evict: as for `Handle.use`; the prompt is all that is read before the word is predicted.
         batch_size: passages a forward pass, of about the same length.
 
     Returns:
@@ -135,20 +137,17 @@ def score(
         CtxpruneError: if the level asks for pruning and not one token was evicted.
     """
     handle = handle_of(model)
-    handle.use(policy, sparsity, max_rows=max_rows)
+    handle.use(policy, sparsity, max_rows=max_rows, evict=evict)
     by_length = sorted(questions, key=lambda passage: len(passage.ids))
     hits, loss = [], 0.0
     with handle.measure() as usage:
         for start in range(0, len(by_length), batch_size):
             asked = by_length[start : start + batch_size]
             reads = [passage.ids[:-1] for passage in asked]
-            words = [passage.ids[-passage.answer :] for passage in asked]
-            first = min(len(read) - len(word) for read, word in zip(reads, words, strict=True))
-            batch = last_logits(model, reads, first).float().cpu()
-            for logits, read, word in zip(batch, reads, words, strict=True):
-                end = len(read) - first
-                predicted, said = logits[end - len(word) : end], torch.tensor(word)
-                hits.append(torch.equal(predicted.argmax(dim=-1), said))
-                loss += cross_entropy(predicted, said, reduction="sum").item()
+            batch = last_logits(model, reads, [passage.answer for passage in asked])
+            for predicted, passage in zip(batch, asked, strict=True):
+                logits, said = predicted.float().cpu(), torch.tensor(passage.ids[-passage.answer :])
+                hits.append(torch.equal(logits.argmax(dim=-1), said))
+                loss += cross_entropy(logits, said, reduction="sum").item()
     perplexity = math.exp(loss / len(hits))
     return {**accuracy(NAME, hits, usage, sparsity), "perplexity": perplexity}

@@ -6,7 +6,6 @@ The windows are cut once and used at every level, so that two perplexities diffe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,9 @@ from transformers import PreTrainedModel
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 
+# Tokens a forward pass at most, unless one window has more: their logits are all in memory.
+PASS = 8192
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -24,10 +26,11 @@ class Perplexity:
 
     Attributes:
         perplexity: exp of the mean negative log-likelihood (in nats) of the predicted tokens.
-        tokens: how many were predicted: all but the first of each window.
+        tokens: how many were predicted: all but the first, or the prompt, of each window.
         sparsity: share of the earlier tokens that were gone when a query looked, mean over
             layers; realised, not requested.
         cache_sparsity: share of the tokens that were gone at the end of a window (the memory).
+        rows: that a layer held at the end of a window, on average; None if dense.
         capped: share of the times that the cap on rows was asked at which it made some leave.
     """
 
@@ -35,40 +38,41 @@ class Perplexity:
     tokens: int
     sparsity: float
     cache_sparsity: float
+    rows: float | None
     capped: float
 
 
 def perplexity(
-    model: PreTrainedModel,
-    windows: Tensor,
-    batch_size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    model: PreTrainedModel, windows: Tensor, batch_size: int = 1, prompt: int = 1
 ) -> Perplexity:
     """Score every window in one pass, at the policy and level that the model's handle is set to.
 
     Args:
         model: a loaded checkpoint in eval mode, with its handle at `model.ctxprune`.
         windows: (windows, length) int64 token ids.
-        batch_size: windows a forward pass.
-        progress: called with (windows done, windows in all) after each pass.
+        batch_size: windows a forward pass; fewer where they have more than `PASS` tokens.
+        prompt: tokens of each window that are read and not scored.
 
     Raises:
         CtxpruneError: if there is no token to predict.
     """
     count, length = windows.shape
-    if count == 0 or length < 2:
+    if count == 0 or length <= prompt:
         raise CtxpruneError("the text is too short to score", "give a longer text or less context")
     loss = 0.0  # summed in double precision: a float32 sum drifts with the number of tokens
-    handle = handle_of(model)
-    with torch.inference_mode(), handle.measure() as usage:
-        for start in range(0, count, batch_size):
-            ids = windows[start : start + batch_size].to(model.device)
-            logits = model(ids, use_cache=False).logits[:, :-1].float()
-            nll = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            loss += nll.double().sum().item()
-            if progress is not None:
-                progress(min(start + batch_size, count), count)
-    tokens = count * (length - 1)
+    with torch.inference_mode(), handle_of(model).measure() as usage:
+        for some in windows.split(min(batch_size, max(PASS // length, 1))):
+            ids = some.to(model.device)
+            logits = model(ids, use_cache=False, logits_to_keep=length - prompt + 1).logits
+            for predicted, said in zip(logits[:, :-1], ids[:, prompt:], strict=True):
+                nll = cross_entropy(predicted.float(), said, reduction="none")
+                loss += nll.double().sum().item()
+    tokens = count * (length - prompt)
     return Perplexity(
-        math.exp(loss / tokens), tokens, usage.sparsity, usage.cache_sparsity, usage.capped
+        math.exp(loss / tokens),
+        tokens,
+        usage.sparsity,
+        usage.cache_sparsity,
+        usage.rows,
+        usage.capped_share,
     )

@@ -154,6 +154,7 @@ def score(
     policy: str = "gate",
     sparsity: float = 0.0,
     max_rows: int | None = None,
+    evict: str = "reading",
 ) -> dict[str, Any]:
     """Ask them at one level, with tokens really evicted.
 
@@ -163,6 +164,7 @@ def score(
         policy: name of the eviction policy.
         sparsity: the level asked for.
         max_rows: cap on the rows of a sequence in a layer, as for `Handle.use`.
+        evict: as for `Handle.use`; the prompt is all but the last token, which gives the answer.
 
     Returns:
         What `accuracy` gives, `chance`, and `cells`: `length`, `depth`, `acc` and `n` of each.
@@ -172,13 +174,12 @@ def score(
     """
     handle = handle_of(model)
     cells: dict[tuple[int, float], list[bool]] = {}
-    handle.use(policy, sparsity, max_rows=max_rows)
+    handle.use(policy, sparsity, max_rows=max_rows, evict=evict)
     with handle.measure() as usage:
         for prompt in questions:
-            length = len(prompt.ids)
-            logits = last_logits(model, [prompt.ids], length - 1)[0, -1]
+            ((logits,),) = last_logits(model, [prompt.ids], [1])
             best = prompt.choices[int(logits[list(prompt.choices)].argmax())]
-            cells.setdefault((length, prompt.depth), []).append(best == prompt.answer)
+            cells.setdefault((len(prompt.ids), prompt.depth), []).append(best == prompt.answer)
     return {
         **accuracy(NAME, [hit for hits in cells.values() for hit in hits], usage, sparsity),
         "chance": 1 / CHOICES,

@@ -81,7 +81,7 @@ class Entry:
         cache = turn.cache
         cache.finish()
         if cache.usage is not None and cache.scored:
-            cache.usage.ends.append((cache.sparsity, sum(cache.seen)))
+            cache.usage.end(cache.rows, cache.seen)
         if cache.scored and kwargs.get("use_cache") is False:
             # The caller wants none, and `generate` would go on with one that it gets.
             if isinstance(output, tuple):

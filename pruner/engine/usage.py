@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -13,7 +14,7 @@ class Usage:
         pairs: pairs (j < k) of a query k and an earlier token j.
         kept: those among them whose token was still there when the query looked.
         steps: how often the cap on rows was asked. capped: how often it made rows leave.
-        ends: share of the tokens gone at the end of each text scored in one pass, and its tokens.
+        ends: rows a layer, and tokens, of each text at its end.
     """
 
     pairs: int = 0
@@ -27,6 +28,10 @@ class Usage:
         within = tokens * (tokens - 1) // 2
         self.pairs += tokens * seen + within
         self.kept += tokens * used + within
+
+    def end(self, rows: float, seen: Sequence[int]) -> None:
+        """Note the end of texts of so many tokens, of each of which layers hold so many rows."""
+        self.ends += [(rows, tokens) for tokens in seen]
 
     @property
     def evicted(self) -> int:
@@ -45,6 +50,11 @@ class Usage:
 
     @property
     def cache_sparsity(self) -> float:
-        """Share of the tokens that were gone at the end of their text, weighted by tokens."""
+        """Share of the tokens that were gone at the end of their text."""
         total = sum(tokens for _, tokens in self.ends)
-        return sum(share * tokens for share, tokens in self.ends) / total if total else 0.0
+        return 1.0 - sum(rows for rows, _ in self.ends) / total if total else 0.0
+
+    @property
+    def rows(self) -> float | None:
+        """Rows of a layer at the end of a text, on average; None: nothing was evicting."""
+        return sum(rows for rows, _ in self.ends) / len(self.ends) if self.ends else None
