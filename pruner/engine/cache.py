@@ -127,7 +127,7 @@ class PrunedCache(Cache):
         block: queries that are attended to at once at most.
         usage: counts what it attends to. record: also keep `expires`, a (b, n) int64 tensor a
             layer: the position of the first query that does not see token j any more, or the
-            largest int64 if all do. scored: it serves a single pass, and no caller sees it.
+            largest int64 if all do.
     """
 
     def __init__(
@@ -139,14 +139,12 @@ class PrunedCache(Cache):
         block: int = BLOCK,
         usage: Usage | None = None,
         record: bool = False,
-        scored: bool = False,
     ) -> None:
         super().__init__(layers=[PageLayer(self) for _ in range(layers)])
         self.policy = policy
         self.dial = dial
         self.block = block
         self.usage = usage
-        self.scored = scored
         self.columns = 0
         self.seen: list[int] = []
         self.expires: list[Tensor] | None = [] if record else None
@@ -281,10 +279,12 @@ class PrunedCache(Cache):
         return 1.0 - self.rows * len(self.seen) / seen if seen else 0.0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows and counts follow their beam, beam_idx (b',) int64."""
+        """Rows, counts and records follow their beam, beam_idx (b',) int64."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.seen:
             self.seen = [self.seen[i] for i in beam_idx.tolist()]
+        if self.expires:
+            self.expires = [of[beam_idx.cpu()] for of in self.expires]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """These sequences alone, indices (b',) int64."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -80,8 +81,14 @@ def _append(storage: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, 
     """Write `new` (b, heads, n, d) behind `held`; returns the storage, and a view of all tokens."""
     before = held.shape[2] if held.numel() else 0
     total = before + new.shape[2]
-    # What was reordered is no longer a view of its storage.
-    if storage is None or storage.shape[2] < total or storage.data_ptr() != held.data_ptr():
+    # What was reordered is no longer a view of its storage; and what was made in inference mode
+    # cannot be written outside of it.
+    if (
+        storage is None
+        or storage.shape[2] < total
+        or storage.data_ptr() != held.data_ptr()
+        or (storage.is_inference() and not torch.is_inference_mode_enabled())
+    ):
         storage = new.new_empty(*new.shape[:2], total + max(total // 8, 16), new.shape[3])
         if before:
             storage[:, :, :before] = held

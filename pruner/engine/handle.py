@@ -182,7 +182,7 @@ class Handle:
         step = self._compiled
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            tokens = kwargs.get("input_ids")
+            tokens: Any = kwargs.get("input_ids")
             tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
             return (step if tokens.shape[1] == 1 else eager)(*args, **kwargs)
 
@@ -228,8 +228,8 @@ class Handle:
         mode = self.mode
         return self.new_cache(mode, record=record) if isinstance(mode, Evict) else DenseCache()
 
-    def new_cache(self, mode: Evict, *, record: bool = False, scored: bool = False) -> PrunedCache:
-        """A cache for a mode; scored: no caller brought it, it serves one pass."""
+    def new_cache(self, mode: Evict, *, record: bool = False) -> PrunedCache:
+        """A cache for a mode."""
         usage = next((u for owner, u in reversed(_usages.get()) if owner == id(self)), None)
         self.last_cache = PrunedCache(
             mode.policy,
@@ -238,7 +238,6 @@ class Handle:
             block=self.block,
             usage=usage,
             record=record,
-            scored=scored,
         )
         return self.last_cache
 
@@ -259,8 +258,7 @@ def attach(model: PreTrainedModel, gates: nn.ModuleList, config: PruneConfig) ->
             f"{sorted(widths)} for {len(attentions)} layers of width {hidden_size}",
             "convert the model again",
         )
-    dense = str(model.config._attn_implementation).removeprefix(hooks.PREFIX)
-    model.config._attn_implementation = hooks.register(dense)
+    hooks.enroll(model.config)
     handle = Handle(model, family, config)
     model.add_module(GATES, gates)
     # The gates have a file of their own: any other tool loads the folder as a plain dense model.
@@ -275,7 +273,7 @@ def attach(model: PreTrainedModel, gates: nn.ModuleList, config: PruneConfig) ->
     for layer, attention in enumerate(attentions):
         attention.register_forward_pre_hook(partial(hooks.give_turn, layer), with_kwargs=True)
     object.__setattr__(model, "ctxprune", handle)
-    object.__setattr__(model, "generate", partial(_generate, handle))
+    object.__setattr__(model, "generate", entry.generate)
     return handle
 
 
@@ -292,21 +290,3 @@ def new_gates(model: PreTrainedModel, config: PruneConfig, seed: int = 0) -> nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.ModuleList(Gate(model.config.hidden_size, config.rank) for _ in range(count))
-
-
-def _generate(handle: Handle, *args: Any, **kwargs: Any) -> Any:
-    """The model's own `generate`, which first refuses a text beyond the learned positions."""
-    model, limit = handle.model, handle.positions
-    inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    if limit is not None and inputs is not None:
-        settings = kwargs.get("generation_config") or model.generation_config
-        new = kwargs.get("max_new_tokens", settings.max_new_tokens)
-        longest = kwargs.get("max_length", settings.max_length)
-        total = longest if new is None else inputs.shape[1] + new
-        if total is not None and total > limit + 1:
-            raise CtxpruneError(
-                f"this model has positions for {limit} tokens, and {total} are asked for",
-                "ask for fewer new tokens, or use a model with rotary positions",
-            )
-    own: Any = type(model)
-    return own.generate(model, *args, **kwargs)

@@ -8,6 +8,7 @@ switched on the configuration, so threads, copies and recomputed layers do not m
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, StaticCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
@@ -29,27 +30,32 @@ if TYPE_CHECKING:
     from ctxprune.pruner.engine.handle import Handle
 
 PREFIX = "ctxprune-"
+# What transformers calls the cache of a forward pass before 5.24, and takes ever after.
+OLD_NAME = "past_key_values"
 MASKS: dict[str, Callable[..., Any]] = {"sdpa": sdpa_mask, "eager": eager_mask}
 
 
-def register(dense: str) -> str:
-    """Name of our attention beside what a model runs otherwise, `sdpa` or `eager`.
+def enroll(config: PreTrainedConfig) -> None:
+    """Have a model run our attention in the place of its own, `sdpa` or `eager`.
 
     Raises:
-        CtxpruneError: for another one.
+        CtxpruneError: it runs another one.
     """
-    name = f"{PREFIX}{dense}"
+    dense = str(config._attn_implementation)
+    if dense.startswith(PREFIX):
+        return
     if dense not in MASKS:
         raise CtxpruneError(
             f"attention implementation `{dense}` is not supported", "load the model with `sdpa`"
         )
+    name = f"{PREFIX}{dense}"
     AttentionInterface.register(name, {"sdpa": _sdpa, "eager": _eager}[dense])
     AttentionMaskInterface.register(name, {"sdpa": _sdpa_mask, "eager": _eager_mask}[dense])
-    return name
+    config._attn_implementation = name
 
 
 class Entry:
-    """The hooks of a decoder, which begin and end a forward pass."""
+    """The hooks of a decoder, which begin and end a forward pass, and of `generate`."""
 
     def __init__(self, handle: Handle, decoder: nn.Module) -> None:
         self.handle = handle
@@ -58,18 +64,25 @@ class Entry:
             for name, parameter in inspect.signature(decoder.forward).parameters.items()
             if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
         ]
+        self.past = "cache" if "cache" in self.names else OLD_NAME
 
     def before(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """See to the cache, and add the turn."""
         handle, mode = self.handle, self.handle.mode
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        kwargs = self._named({**dict(zip(self.names, args, strict=False)), **kwargs})
+        past = kwargs.get(self.past)
         if isinstance(mode, Off):
-            _check_dense(kwargs)
+            _write_in_place(past)
             return (), kwargs
-        cache = _pruned(handle, mode, kwargs) if isinstance(mode, Evict) else None
-        return (), {**kwargs, "turn": Turn(mode, handle.gate_list, cache)}
+        enroll(handle.model.config)
+        cache = None
+        if isinstance(mode, Evict):
+            _check_training(decoder)
+            cache = kwargs[self.past] = _begin(handle, mode, past, kwargs)
+        turn = Turn(mode, handle.gate_list, cache, scored=past is None)
+        return (), {**kwargs, "turn": turn}
 
     def after(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -80,14 +93,46 @@ class Entry:
             return output
         cache = turn.cache
         cache.finish()
-        if cache.usage is not None and cache.scored:
+        if turn.scored and cache.usage is not None:
             cache.usage.end(cache.rows, cache.seen)
-        if cache.scored and kwargs.get("use_cache") is False:
+        wanted = kwargs.get("use_cache")
+        if turn.scored and not (decoder.config.use_cache if wanted is None else wanted):
             # The caller wants none, and `generate` would go on with one that it gets.
             if isinstance(output, tuple):
                 return tuple(part for part in output if part is not cache)
-            output.past_key_values = None
+            setattr(output, self.past, None)
         return output
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`, on a cache of ours where rows leave.
+
+        Raises:
+            CtxpruneError: the text would go beyond the learned positions.
+        """
+        handle, mode, kwargs = self.handle, self.handle.mode, self._named(kwargs)
+        sources = kwargs.get("generation_config"), handle.model.generation_config
+
+        def setting(name: str) -> Any:
+            values = [kwargs.get(name), *(getattr(source, name, None) for source in sources)]
+            return next((value for value in values if value is not None), None)
+
+        given = [*args[:1], *(kwargs.get(n) for n in ("inputs", "input_ids", "inputs_embeds"))]
+        tokens = next((tensor.shape[1] for tensor in given if tensor is not None), 0)
+        new = setting("max_new_tokens")
+        longest = (setting("max_length") or 0) if new is None else tokens + new
+        # The last token is written, but not read.
+        _check_positions(handle, max(longest - 1, tokens))
+        if isinstance(mode, Evict) and setting("use_cache") is not False:
+            # Ours from the start: transformers makes masks of its own for a static one.
+            kwargs[self.past] = _pruned(handle, mode, kwargs.get(self.past))
+            if setting("cache_implementation") is not None:
+                kwargs["cache_implementation"] = None
+        own: Any = type(handle.model)
+        return own.generate(handle.model, *args, **kwargs)
+
+    def _named(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The same, with the cache under the name that this version of transformers has for it."""
+        return {self.past if name == OLD_NAME else name: value for name, value in kwargs.items()}
 
 
 def give_turn(
@@ -95,19 +140,19 @@ def give_turn(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Hook of an attention module: its layer and its input (b, n, hidden_size)."""
     turn = kwargs.get("turn")
-    if turn is None or turn.layer >= 0:
+    if turn is None:
         return args, kwargs
     hidden = args[0] if args else kwargs["hidden_states"]
     return args, {**kwargs, "turn": turn.at(layer, hidden)}
 
 
-def _pruned(handle: Handle, mode: Evict, kwargs: dict[str, Any]) -> PrunedCache:
-    """The cache of an evicting pass, which it becomes; checks what the caller asks for.
+def _begin(handle: Handle, mode: Evict, past: Any, kwargs: dict[str, Any]) -> PrunedCache:
+    """The cache of an evicting pass, begun; checks what the caller asks for.
 
     Raises:
         CtxpruneError: for what an evicting model cannot do.
     """
-    ids, past = kwargs.get("input_ids"), kwargs.get("past_key_values")
+    ids = kwargs.get("input_ids")
     tokens = ids if ids is not None else kwargs.get("inputs_embeds")
     if tokens is None:
         raise CtxpruneError("give either `input_ids` or `inputs_embeds`")
@@ -117,16 +162,7 @@ def _pruned(handle: Handle, mode: Evict, kwargs: dict[str, Any]) -> PrunedCache:
             "an evicting model has no attention matrix to give: its rows are not all tokens",
             "ask for `output_attentions` at sparsity 0, or see `ctxprune inspect`",
         )
-    if isinstance(past, PrunedCache) and past.seen:
-        if past.dial != mode.dial:
-            raise CtxpruneError(
-                f"this cache was begun with {past.dial}, not with {mode.dial}",
-                "go on as it was begun, or start with an empty cache",
-            )
-        cache = past
-    else:
-        cache = _begun(handle, mode, past)
-        kwargs["past_key_values"] = cache
+    cache = _pruned(handle, mode, past)
     _check_positions(handle, cache.columns + length)
     mask = _new_part(kwargs.get("attention_mask"), cache, length)
     _check_packing(kwargs.get("position_ids"), mask, length)
@@ -134,13 +170,21 @@ def _pruned(handle: Handle, mode: Evict, kwargs: dict[str, Any]) -> PrunedCache:
     return cache
 
 
-def _begun(handle: Handle, mode: Evict, past: Any) -> PrunedCache:
-    """A new cache, in the object that the caller brought, if any."""
+def _pruned(handle: Handle, mode: Evict, past: Any) -> PrunedCache:
+    """A pruned cache, in the object that the caller brought, if any."""
     if past is None:
-        return handle.new_cache(mode, scored=True)
-    if isinstance(past, PrunedCache) and past.dial == mode.dial:
+        return handle.new_cache(mode)
+    if isinstance(past, PrunedCache) and (past.seen or past.dial == mode.dial):
+        if past.dial != mode.dial:
+            raise CtxpruneError(
+                f"this cache was begun with {past.dial}, not with {mode.dial}",
+                "go on as it was begun, or start with an empty cache",
+            )
+        if not torch.is_inference_mode_enabled() and any(p.key.is_inference() for p in past.pages):
+            # What was made in that mode cannot be written outside of it.
+            PrunedCache.adopt(past, copy.deepcopy(past))
         return past
-    if type(past) not in (DynamicCache, StaticCache, PrunedCache):
+    if type(past) not in (DynamicCache, StaticCache, DenseCache, PrunedCache):
         raise CtxpruneError(
             f"an evicting model cannot use a `{type(past).__name__}`",
             "leave the cache out, or pass `model.ctxprune.cache()`",
@@ -150,12 +194,16 @@ def _begun(handle: Handle, mode: Evict, past: Any) -> PrunedCache:
             "a dense cache cannot be pruned after the fact",
             "start from an empty cache, or pass `model.ctxprune.cache()`",
         )
-    return PrunedCache.adopt(past, handle.new_cache(mode))
+    handle.last_cache = PrunedCache.adopt(past, handle.new_cache(mode))
+    return handle.last_cache
 
 
-def _check_dense(kwargs: dict[str, Any]) -> None:
-    """See that a dense pass writes its cache in place, and does not go on with rows missing."""
-    past = kwargs.get("past_key_values")
+def _write_in_place(past: Any) -> None:
+    """Have the cache of a dense pass written in place.
+
+    Raises:
+        CtxpruneError: it has rows missing.
+    """
     if isinstance(past, PrunedCache):
         if past.seen:
             raise CtxpruneError(
@@ -163,14 +211,28 @@ def _check_dense(kwargs: dict[str, Any]) -> None:
                 "come back",
                 "go on as it was begun, or start with an empty cache",
             )
-        past = kwargs["past_key_values"] = DenseCache()
-    if isinstance(past, DynamicCache):
+        past.__class__ = DenseCache  # type: ignore[assignment]
+        past.__dict__ = vars(DenseCache())
+    elif isinstance(past, DynamicCache) and not past.offloading:
         if past.layer_class_to_replicate is DynamicLayer:
             past.layer_class_to_replicate = DenseLayer
-        fresh = [type(layer) is DynamicLayer and not layer.is_initialized for layer in past.layers]
         past.layers = [
-            DenseLayer() if new else layer for new, layer in zip(fresh, past.layers, strict=True)
+            DenseLayer() if type(layer) is DynamicLayer and not layer.is_initialized else layer
+            for layer in past.layers
         ]
+
+
+def _check_training(decoder: nn.Module) -> None:
+    """Raise CtxpruneError where a model that evicts is trained."""
+    if decoder.training and torch.is_grad_enabled():
+        raise _no_gradient()
+
+
+def _no_gradient() -> CtxpruneError:
+    return CtxpruneError(
+        "an evicting model has no gradient: what it dropped is gone",
+        "train with `ctxprune tune`, or at sparsity 0",
+    )
 
 
 def _check_positions(handle: Handle, tokens: int) -> None:
@@ -229,15 +291,12 @@ class _NoGradient(torch.autograd.Function):
     """Lets a value through, and says so if somebody wants a gradient of it."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, hidden: Tensor) -> Tensor:
+    def forward(ctx: Any, out: Tensor, *sources: Tensor) -> Tensor:
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise CtxpruneError(
-            "an evicting model has no gradient: what it dropped is gone",
-            "train with `ctxprune tune`, or at sparsity 0",
-        )
+        raise _no_gradient()
 
 
 def _attend(
@@ -260,8 +319,9 @@ def _attend(
     with torch.no_grad():
         out = turn.cache.attend(turn.layer, query, key, value, hidden, scale)
         out = out.transpose(1, 2).contiguous()
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        out = _NoGradient.apply(out, hidden)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled():
+        sources = query, key, value, *turn.gates[turn.layer].parameters()
+        out = _NoGradient.apply(out, *sources)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -43,6 +43,7 @@ class Turn:
     Attributes:
         mode, gates: of the model. cache: of the forward pass, where rows leave.
         layer, hidden: of the layer whose turn it is; (b, n, hidden_size), the attention's input.
+        scored: the caller brought no cache, so this pass is a whole text.
     """
 
     mode: Mode
@@ -50,6 +51,7 @@ class Turn:
     cache: PrunedCache | None = None
     layer: int = -1
     hidden: Tensor | None = None
+    scored: bool = False
 
     def at(self, layer: int, hidden: Tensor) -> Turn:
         """The turn of a layer."""
