@@ -218,26 +218,28 @@ def test_the_tables_in_markdown() -> None:
     lines = markdown(merge(FILES)).splitlines()
     start = lines.index("### books/test.txt, context 512, 51,100 tokens")
     assert lines[start + 2 : start + 9] == [
-        "| model | policy | requested | sparsity | cache sparsity | perplexity "
+        "| model | policy | requested | sparsity | cache sparsity | rows | perplexity "
         "| over dense | run |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| tuned | dense | 0 | 0.000 | 0.000 | 30.00 |  | 1 |",
-        "| tuned | gate | 0.8 | 0.790 | 0.790 | 33.00 | +10.0% | 1 |",
-        "| tuned | sink | 0.5 | 0.500 | 0.500 | 36.00 | +20.0% | 2 |",
-        "| tuned | sink | 0.8 | 0.800 | 0.800 | 45.00 | +50.0% | 2 |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| tuned | dense | 0 | 0.000 | 0.000 |  | 30.00 |  | 1 |",
+        "| tuned | gate | 0.8 | 0.790 | 0.790 | 108 | 33.00 | +10.0% | 1 |",
+        "| tuned | sink | 0.5 | 0.500 | 0.500 | 256 | 36.00 | +20.0% | 2 |",
+        "| tuned | sink | 0.8 | 0.800 | 0.800 | 102 | 45.00 | +50.0% | 2 |",
         "",
     ]
     start = lines.index("### hellaswag, 100 documents")
     assert lines[start + 2 : start + 6] == [
-        "| model | policy | requested | sparsity | acc | acc_norm | run |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        "| tuned | gate | 0.8 | 0.310 | 0.420 ± 0.049 | 0.450 | 1 |",
-        "| tuned | sink | 0.5 | 0.310 | 0.420 ± 0.049 | 0.450 | 2 |",
+        "| model | policy | requested | sparsity | rows | acc | acc_norm | run |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| tuned | gate | 0.8 | 0.310 | 44 | 0.420 ± 0.049 | 0.450 | 1 |",
+        "| tuned | sink | 0.5 | 0.310 | 44 | 0.420 ± 0.049 | 0.450 | 2 |",
     ]
     start = lines.index("### tuned, float32 on AMD EPYC, 2 threads")
-    own = speed_report.markdown(benchmark()).splitlines()[2:]
-    assert lines[start + 2] == own[0] + " run |"
-    assert lines[start + 4] == own[2] + " 4 |"
+    own = speed_report.markdown(benchmark()).splitlines()
+    assert lines[start + 2] == own[0] == "Reading the prompts:"
+    assert lines[start + 4] == own[2] + " run |"
+    assert lines[start + 6] == own[4] + " 4 |"
+    assert "| gate 0.8 | 8 | 256 | 0.800 | 700 | 1500.0 | 1.50 (1.40-1.60) | 1000 | 4 |" in lines
     assert "runs 1-3: python 3.11.7, torch 2.13.0" in lines
     assert "    ctxprune eval --policy gate --text 'books/test.txt'" in lines
 
@@ -253,7 +255,7 @@ def test_markdown_for_a_card_has_no_page_around_it() -> None:
     page = markdown(merge(FILES), level=0, provenance=False)
     assert page.startswith("### Perplexity\n")
     assert "ctxprune eval" not in page and "| run |" not in page
-    assert "| tuned | gate | 0.8 | 0.790 | 0.790 | 33.00 | +10.0% |\n" in page
+    assert "| tuned | gate | 0.8 | 0.790 | 0.790 | 108 | 33.00 | +10.0% |\n" in page
 
 
 def test_the_page_is_whole_and_alone() -> None:
@@ -261,6 +263,28 @@ def test_the_page_is_whole_and_alone() -> None:
     page = html(merged)
     parsed = Page(page)
     figures, charts = parsed.all("figure"), parsed.all("svg")
+def test_protocols_compare_at_the_level_asked_for() -> None:
+    protocol = {"context": 1280, "prompt": 1024}
+    points = [(0.0, 0.0, 30.0), (0.8, 0.79, 36.0)]
+    early = evaluation("m", "h2o", points, **protocol)
+    late = evaluation("m", "h2o", [(0.8, 0.15, 33.0)], evict="prompt", **protocol)
+    elsewhere = evaluation("m", "gate", [(0.8, 0.79, 31.0)], context=1280)
+    merged = merge([("a", early), ("b", late), ("c", elsewhere)])
+    both, other = merged.texts
+    assert both.facts == ("context 1,280", "after 1,024", "51,100 tokens")
+    assert other.facts == ("context 1,280", "51,100 tokens")
+    assert [label for label, _ in both.lines()] == ["dense", "h2o", "h2o, after the prompt"]
+    note = "h2o evicts every 16 tokens at most; h2o: while reading, where the papers evict after "
+    assert both.note() == f"{note}the prompt"
+    chart = perplexity_chart(both, merged.subjects, "text")
+    assert chart is not None and "sparsity asked for" in chart.svg
+    told = "dense: 30.00; h2o: 36.00 at 0.80; h2o, after the prompt: 33.00 at 0.80."
+    assert told in chart.svg
+    page = markdown(merged)
+    assert "| m | h2o, after the prompt | 0.8 | 0.150 | 0.150 | 435 | 33.00 | +10.0% | 2 |" in page
+    assert page.count("h2o: while reading, where") == 2  # of the text and of the task
+
+
     # two texts, a task, and four measures of a batch size
     assert len(figures) == len(charts) == len(parsed.all("figcaption")) == 7
     alternatives = [chart["aria-label"] or "" for chart in charts]

@@ -8,14 +8,18 @@ from rich.console import Console
 from ctxprune.evals.report.report import markdown, plot, rich_retrieval, rich_table
 
 
-def result(model: str, policy: str, points: list[tuple[float, float, float]]) -> dict[str, Any]:
+def result(
+    model: str, policy: str, points: list[tuple[float, float, float]], **fields: Any
+) -> dict[str, Any]:
     """An evaluation with (requested, realised, perplexity) points."""
-    task = {"acc": 0.42, "acc_norm": 0.45, "stderr": 0.049, "sparsity": 0.31, "n": 100}
+    task = {"acc": 0.42, "acc_norm": 0.45, "stderr": 0.049, "sparsity": 0.31, "rows": 44.4}
+    task["n"] = 100
     levels = [
         {
             "sparsity_requested": requested,
             "sparsity": realised,
             "cache_sparsity": realised,
+            "rows": 512 * (1 - realised) if requested else None,
             "perplexity": value,
             "tokens": 51100,
             "tasks": {"hellaswag": task} if requested else {},
@@ -26,10 +30,12 @@ def result(model: str, policy: str, points: list[tuple[float, float, float]]) ->
     return {
         "model": model,
         "policy": policy,
+        "evict": "reading",
         "evicts_every": every,
         "context": 512,
+        "prompt": None,
         "levels": levels,
-    }
+    } | fields
 
 
 RESULTS = [
@@ -42,14 +48,15 @@ RESULTS = [
 def test_markdown_has_a_row_per_level() -> None:
     lines = markdown(RESULTS).splitlines()
     assert lines[0] == (
-        "| model | policy | requested | sparsity | cache sparsity | perplexity "
-        "| hellaswag acc | hellaswag acc_norm | hellaswag sparsity |"
+        "| model | policy | requested | sparsity | cache sparsity | rows | perplexity "
+        "| hellaswag acc | hellaswag acc_norm | hellaswag sparsity | hellaswag rows |"
     )
     assert lines[2:6] == [
-        "| tuned | dense | 0 | 0.000 | 0.000 | 30.10 |  |  |  |",
-        "| tuned | gate | 0.8 | 0.790 | 0.790 | 32.30 | 0.420 ± 0.049 | 0.450 | 0.310 |",
-        "| tuned | window | 0.8 | 0.800 | 0.800 | 220.00 | 0.420 ± 0.049 | 0.450 | 0.310 |",
-        "| control | dense | 0 | 0.000 | 0.000 | 29.70 |  |  |  |",
+        "| tuned | dense | 0 | 0.000 | 0.000 |  | 30.10 |  |  |  |  |",
+        "| tuned | gate | 0.8 | 0.790 | 0.790 | 108 | 32.30 | 0.420 ± 0.049 | 0.450 | 0.310 | 44 |",
+        "| tuned | window | 0.8 | 0.800 | 0.800 | 102 | 220.00 | 0.420 ± 0.049 | 0.450 | 0.310 "
+        "| 44 |",
+        "| control | dense | 0 | 0.000 | 0.000 |  | 29.70 |  |  |  |  |",
     ]
     assert lines[-1] == "Perplexity at context 512, on 51,100 tokens"
 
@@ -79,7 +86,7 @@ def with_retrieval() -> dict[str, Any]:
 def test_the_cells_of_retrieval_have_a_table_of_their_own() -> None:
     lines = markdown([with_retrieval()]).splitlines()
     assert lines[0].endswith("| perplexity | retrieval acc | retrieval sparsity |")
-    assert lines[2].endswith("| 30.10 | 0.900 ± 0.050 | 0.000 |")
+    assert lines[2].endswith("|  | 30.10 | 0.900 ± 0.050 | 0.000 |")
     start = lines.index("| model | policy | requested | length | 0.1 | 0.9 |")
     assert lines[start - 2].startswith("Accuracy of retrieval")
     assert lines[start + 2 :] == [
@@ -109,3 +116,31 @@ def test_a_policy_that_evicts_now_and_then_is_said_to() -> None:
     assert "evicts every" not in markdown(RESULTS)
     slow = result("runs/tuned", "h2o", [(0.8, 0.79, 40.0)])
     assert "h2o evicts every 16 tokens at most" in markdown([*RESULTS, slow])
+
+
+def test_protocols_are_told_apart(tmp_path: Path) -> None:
+    protocol = {"context": 1280, "prompt": 1024}
+    points = [(0.8, 0.79, 40.0)]
+    early = [result("m", policy, points, **protocol) for policy in ("h2o", "gate", "tova")]
+    late = [
+        result("m", policy, [(0.8, 0.15, 35.0)], evict="prompt", **protocol)
+        for policy in ("h2o", "gate")
+    ]
+    text = markdown([*early, *late])
+    assert "| m | h2o | 0.8 | 0.790 | 0.790 | 108 | 40.00 |" in text
+    assert "| m | h2o, after the prompt | 0.8 | 0.150 | 0.150 | 435 | 35.00 |" in text
+    note = text.splitlines()[-1]
+    assert note.startswith("Perplexity at context 1280, scored after 1024, on 51,100 tokens")
+    assert "h2o and tova: while reading, where the papers evict after the prompt" in note
+    assert "papers" not in markdown(late)
+    plot([*early, *late], tmp_path / "both.png")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_of_earlier_versions_have_neither_rows_nor_a_protocol() -> None:
+    old = result("m", "h2o", [(0.8, 0.79, 40.0)])
+    del old["evict"], old["prompt"], old["levels"][0]["rows"]
+    del old["levels"][0]["tasks"]["hellaswag"]["rows"]
+    lines = markdown([old]).splitlines()
+    assert lines[0].endswith("| hellaswag sparsity |")
+    assert lines[2].startswith("| m | h2o | 0.8 | 0.790 | 0.790 |  | 40.00 |")

@@ -27,6 +27,9 @@ COLOURS = {INK: "--ink", MUTED: "--muted"} | {
     colour: f"--series-{number}" for number, colour in enumerate(SERIES, start=1)
 }
 MARKERS = "osD^vPX"
+# What perplexity and accuracy are drawn over.
+REALISED = "realised sparsity (share of earlier tokens evicted)"
+BY_REQUEST = "sparsity asked for (rows are as many in both protocols)"
 DASHES = ("--", ":", "-.")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, and found by a search
@@ -66,12 +69,12 @@ def widen(axes: Axes, values: Sequence[float]) -> None:
 
 
 def perplexity_chart(panel: Panel, subjects: Sequence[Subject], name: str) -> Chart | None:
-    """Perplexity over realised sparsity on one text; `subjects` keep their looks on a page."""
+    """Perplexity over sparsity on one text; `subjects` keep their looks on a page."""
     return _over_sparsity(panel, subjects, name, "perplexity", "perplexity", ".2f")
 
 
 def accuracy_chart(panel: Panel, subjects: Sequence[Subject], name: str) -> Chart | None:
-    """Accuracy over realised sparsity of one task, give or take its standard error."""
+    """Accuracy over sparsity of one task, give or take its standard error."""
     return _over_sparsity(panel, subjects, name, "acc", "accuracy", ".3f")
 
 
@@ -86,6 +89,8 @@ def _over_sparsity(
             lines.append((label, drawn))
     if not lines:
         return None
+    over = "requested" if panel.by_request else "sparsity"
+    across = BY_REQUEST if panel.by_request else REALISED
 
     def draw(axes: Axes) -> None:
         dashes = itertools.cycle(DASHES)
@@ -103,7 +108,7 @@ def _over_sparsity(
                 continue
             number = pruned.index(subject)
             axes.errorbar(
-                [point.sparsity for point in points],
+                [getattr(point, over) for point in points],
                 values,
                 yerr=errors if figure == "acc" and any(errors) else None,
                 capsize=3,
@@ -120,12 +125,14 @@ def _over_sparsity(
         for value in sorted({known["chance"] for known in figures if "chance" in known}):
             axes.axhline(value, color=MUTED, linewidth=0.8, label=f"chance ({value:g})")
         axes.set_xlim(0, 1)
-        axes.set_xlabel("realised sparsity (share of earlier tokens evicted)")
+        axes.set_xlabel(across)
         axes.set_ylabel(unit)
 
-    told = "; ".join(f"{label}: {_told(points, figure, form)}" for label, points in lines)
+    told = "; ".join(f"{label}: {_told(points, figure, form, over)}" for label, points in lines)
     title = f"{unit.capitalize()}: {panel.title}"
-    return _chart(title, f"{unit.capitalize()} over realised sparsity. {told}.", name, draw)
+    return _chart(
+        title, f"{unit.capitalize()} over {across.partition(' (')[0]}. {told}.", name, draw
+    )
 
 
 def _span(axes: Axes, values: Sequence[float]) -> None:
@@ -137,12 +144,12 @@ def _span(axes: Axes, values: Sequence[float]) -> None:
         axes.set_ylim(middle * (1 - (LEAST_SPAN - 1) / 2), middle * (1 + (LEAST_SPAN - 1) / 2))
 
 
-def _told(points: Sequence[Point], figure: str, form: str) -> str:
+def _told(points: Sequence[Point], figure: str, form: str, over: str) -> str:
     """The points of a line in words."""
     if points[0].subject.policy == DENSE:
         return format(points[0].figures[figure], form)
     return ", ".join(
-        f"{format(point.figures[figure], form)} at {point.sparsity:.2f}" for point in points
+        f"{format(point.figures[figure], form)} at {getattr(point, over):.2f}" for point in points
     )
 
 

@@ -11,6 +11,10 @@ from typing import Any
 from ctxprune.evals.report.shapes import BENCH, EVAL, TRAINING, kind_of, no_results
 
 DENSE = "dense"
+# Where rows leave (`--evict`): the default is what results of earlier versions are of.
+READING, LATE = "reading", "prompt"
+# Policies whose papers evict at the end of a prompt that was read whole.
+OWN_LATE = ("h2o", "knorm", "snapkv", "tova")
 # Tasks that are made of the text of the evaluation: on another text they are other tasks.
 OF_TEXT = ("retrieval", "last_word")
 
@@ -30,18 +34,20 @@ class Subject:
 
     Attributes:
         policy: `DENSE` where nothing was asked to be evicted, and nothing was.
+        evict: `READING` or `LATE`; the former if dense.
         max_rows: the cap, where one was asked for.
     """
 
     model: str
     policy: str
+    evict: str
     max_rows: int | None
     dtype: str
 
     @property
     def decides(self) -> str:
-        """Who decides what stays, and under which cap."""
-        return f"{self.policy}, at most {self.max_rows} rows" if self.max_rows else self.policy
+        """Who decides what stays, from when on, and under which cap."""
+        return decides(self.policy, self.evict, self.max_rows)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,15 @@ class Panel:
     facts: tuple[str, ...]
     points: list[Point] = field(default_factory=list)
     periods: dict[str, set[int]] = field(default_factory=dict)
+
+    @property
+    def by_request(self) -> bool:
+        """Whether points compare at the level asked for, as equal rows.
+
+        What leaves after the prompt was there for most of the queries, so the share of the tokens
+        that were gone when a query looked says little.
+        """
+        return any(point.subject.evict == LATE for point in self.points)
 
     @property
     def title(self) -> str:
@@ -115,12 +130,14 @@ class Panel:
         return None
 
     def note(self) -> str:
-        """How often policies evict, where it is not at every token."""
-        return "; ".join(
+        """How often policies evict, where it is not at every token; who is not in its own way."""
+        often = [
             f"{policy} evicts every {' or '.join(map(str, sorted(periods)))} tokens at most"
             for policy, periods in self.periods.items()
             if max(periods) > 1
-        )
+        ]
+        subjects = (point.subject for point in self.points)
+        return "; ".join(often + out_of_place((one.policy, one.evict) for one in subjects))
 
     def _label(self, subject: Subject) -> str:
         """What the subjects of the panel differ in."""
@@ -194,6 +211,26 @@ def merge(contents: Iterable[tuple[str, Any]]) -> Merged:
     )
 
 
+def decides(policy: str, evict: str, max_rows: int | None) -> str:
+    """Who decides what stays, from when on, and under which cap, in words."""
+    late = ", after the prompt" if evict == LATE else ""
+    cap = f", at most {max_rows} rows" if max_rows else ""
+    return f"{policy}{late}{cap}"
+
+
+def out_of_place(measured: Iterable[tuple[str, str]]) -> list[str]:
+    """A sentence on the policies that evict at other times than their papers have it, if any.
+
+    Args:
+        measured: policies, each with its `evict`.
+    """
+    early = sorted({policy for policy, evict in measured if evict == READING} & {*OWN_LATE})
+    if not early:
+        return []
+    names = ", ".join(early[:-1]) + " and " * (len(early) > 1) + early[-1]
+    return [f"{names}: while reading, where the papers evict after the prompt"]
+
+
 def short_names(paths: Iterable[str], parts: int) -> dict[str, str]:
     """The last parts of each path; all of it where they would be those of another."""
     short = {path: "/".join(Path(path).parts[-parts:]) or path for path in paths}
@@ -238,9 +275,13 @@ def _panels(
         results = run.results
         text = names[str(results.get("text"))]
         for level in results["levels"]:
-            facts = (f"context {results['context']:,}", f"{level['tokens']:,} tokens")
+            prompt = results.get("prompt")
+            after = (f"after {prompt:,}",) if prompt else ()
+            facts = (f"context {results['context']:,}", *after, f"{level['tokens']:,} tokens")
             panel = texts.setdefault((text, facts), Panel(text, facts))
             figures = {name: level[name] for name in ("perplexity", "cache_sparsity")}
+            if level.get("rows") is not None:
+                figures["rows"] = level["rows"]
             _add(panel, _point(number, run, level, level["sparsity"], figures, models))
             every = results.get("evicts_every")
             if every and level["sparsity"] > 0:
@@ -284,6 +325,7 @@ def _point(
     subject = Subject(
         models[results["model"]],
         DENSE if dense else results["policy"],
+        READING if dense else results.get("evict", READING),
         None if dense else results.get("max_rows"),
         results.get("dtype", ""),
     )

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
-from ctxprune.evals.report.charts import widen
+from ctxprune.evals.report.charts import BY_REQUEST, REALISED, widen
+from ctxprune.evals.report.merged import LATE, READING, decides, out_of_place
 from ctxprune.evals.report.tables import Table, markdown_table, terminal_table
 
 Results = Sequence[dict[str, Any]]
@@ -42,7 +43,7 @@ def rich_retrieval(results: Results) -> RichTable | None:
 
 
 def plot(results: Results, path: Path) -> None:
-    """PNG of perplexity over realised sparsity: a line per policy, dense models as horizontals."""
+    """PNG of perplexity over sparsity: a line per policy, dense models as horizontals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -51,8 +52,10 @@ def plot(results: Results, path: Path) -> None:
     axes = figure.add_subplot()
     markers = itertools.cycle("osD^vPX")
     dense: dict[str, float] = {}
+    late = any(_evict(result) == LATE for result in results)
+    over = "sparsity_requested" if late else "sparsity"
     for result in results:
-        points = [(level["sparsity"], level["perplexity"]) for level in result["levels"]]
+        points = [(level[over], level["perplexity"]) for level in result["levels"]]
         if any(level["sparsity_requested"] > 0 for level in result["levels"]):
             x, y = zip(*sorted(points), strict=True)
             axes.plot(x, y, marker=next(markers), label=_label(result, results))
@@ -63,7 +66,7 @@ def plot(results: Results, path: Path) -> None:
     for (model, value), style in zip(dense.items(), styles, strict=False):
         axes.axhline(value, color="0.35", linestyle=style, label=f"dense, {model} ({value:.2f})")
     widen(axes, [level["perplexity"] for result in results for level in result["levels"]])
-    axes.set_xlabel("realised sparsity (share of earlier tokens evicted)")
+    axes.set_xlabel(BY_REQUEST if late else REALISED)
     axes.set_ylabel("perplexity")
     axes.set_title(_note(results), fontsize="medium")
     axes.set_xlim(left=0)
@@ -83,7 +86,17 @@ def _label(result: dict[str, Any], results: Results) -> str:
         for other in results
         if any(level["sparsity_requested"] > 0 for level in other["levels"])
     }
-    return result["policy"] if len(pruned) == 1 else f"{result['policy']}, {_model(result)}"
+    return decider(result) if len(pruned) == 1 else f"{decider(result)}, {_model(result)}"
+
+
+def _evict(result: dict[str, Any]) -> str:
+    evict: str = result.get("evict", READING)
+    return evict
+
+
+def decider(result: dict[str, Any]) -> str:
+    """Who decided in an evaluation or a benchmark, and when, in words."""
+    return decides(result["policy"], _evict(result), result.get("max_rows"))
 
 
 def _note(results: Results) -> str:
@@ -92,11 +105,19 @@ def _note(results: Results) -> str:
     tokens = sorted({level["tokens"] for result in results for level in result["levels"]})
     periods = {result["policy"]: result["evicts_every"] for result in results}
     slow = [f"{policy} evicts every {n} tokens at most" for policy, n in periods.items() if n > 1]
+    prompts = sorted({result["prompt"] for result in results if result.get("prompt")})
+    after = f", scored after {', '.join(map(str, prompts))}" if prompts else ""
+    pruned = [
+        (result["policy"], _evict(result))
+        for result in results
+        if any(level["sparsity"] > 0 for level in result["levels"])
+    ]
     return "; ".join(
         [
-            f"Perplexity at context {', '.join(map(str, contexts))}, "
+            f"Perplexity at context {', '.join(map(str, contexts))}{after}, "
             f"on {', '.join(f'{count:,}' for count in tokens)} tokens",
             *slow,
+            *out_of_place(pruned),
         ]
     )
 
@@ -109,11 +130,11 @@ def _scores(results: Results) -> Table:
             (task, metric)
             for level in levels
             for task, scores in level["tasks"].items()
-            for metric in (*METRICS, "sparsity")
-            if metric in scores
+            for metric in (*METRICS, "sparsity", "rows")
+            if scores.get(metric) is not None
         )
     )
-    header = ["model", "policy", "requested", "sparsity", "cache sparsity", "perplexity"]
+    header = ["model", "policy", "requested", "sparsity", "cache sparsity", "rows", "perplexity"]
     header += [f"{task} {metric}" for task, metric in columns]
     rows = []
     for result in results:
@@ -122,6 +143,7 @@ def _scores(results: Results) -> Table:
                 *_subject(result, level),
                 f"{level['sparsity']:.3f}",
                 f"{level['cache_sparsity']:.3f}",
+                score(level, "rows"),
                 f"{level['perplexity']:.2f}",
             ]
             row += [score(level["tasks"].get(task, {}), metric) for task, metric in columns]
@@ -158,13 +180,15 @@ def _subject(result: dict[str, Any], level: dict[str, Any]) -> list[str]:
     """What a row is about: model, policy, and the level asked for."""
     requested = level["sparsity_requested"]
     dense = requested == 0 and level["sparsity"] == 0  # a cap on rows evicts at 0 too
-    return [_model(result), "dense" if dense else result["policy"], f"{requested:g}"]
+    return [_model(result), "dense" if dense else decider(result), f"{requested:g}"]
 
 
 def score(scores: dict[str, Any], metric: str) -> str:
     """A metric of a task, empty where it has none; accuracy with its standard error."""
-    if metric not in scores:
+    if scores.get(metric) is None:
         return ""
+    if metric == "rows":
+        return f"{scores[metric]:.0f}"
     if metric == "acc" and "stderr" in scores:
         return f"{scores[metric]:.3f} ± {scores['stderr']:.3f}"
     return f"{scores[metric]:.2f}" if metric == "perplexity" else f"{scores[metric]:.3f}"

@@ -12,7 +12,7 @@ from string import Template
 
 from ctxprune.evals.report.charts import Chart, accuracy_chart, perplexity_chart, speed_charts
 from ctxprune.evals.report.merged import DENSE, Bench, Merged, Panel, Point, Run, Subject, threads
-from ctxprune.evals.report.report import METRICS, RETRIEVED, retrieved, score
+from ctxprune.evals.report.report import METRICS, RETRIEVED, decider, retrieved, score
 from ctxprune.evals.report.tables import Table, html_table, markdown_table, plain
 from ctxprune.evals.speed import speed_report, training_report
 
@@ -20,8 +20,9 @@ TITLE = "What was measured"
 RUN = "run"  # the column that leads to the provenance
 NOTES = {
     "Perplexity": (
-        "Sparsity is the share of the earlier tokens that were gone when a query looked. Another "
-        "text, context or number of tokens is another measurement, with a table of its own."
+        "Sparsity is the share of the earlier tokens that were gone when a query looked; rows are "
+        "what a layer held of a text at its end. Another text, context or number of tokens is "
+        "another measurement, with a table of its own."
     ),
     "Tasks": "Give or take one standard error; sparsity is that of the task's own requests.",
     "Speed and memory": (
@@ -153,7 +154,7 @@ def _sections(merged: Merged, *, charts: bool) -> list[tuple[str, list[Part]]]:
 
 
 def _text(panel: Panel, subjects: Sequence[Subject] | None, name: str) -> Part:
-    header = ["model", "policy", "requested", "sparsity", "cache sparsity", "perplexity"]
+    header = ["model", "policy", "requested", "sparsity", "cache sparsity", "rows", "perplexity"]
     header += ["over dense", RUN]
     rows = []
     for point in panel.points:
@@ -163,6 +164,7 @@ def _text(panel: Panel, subjects: Sequence[Subject] | None, name: str) -> Part:
                 *_subject(point),
                 f"{point.sparsity:.3f}",
                 f"{point.figures['cache_sparsity']:.3f}",
+                score(point.figures, "rows"),
                 f"{value:.2f}",
                 f"{value / dense - 1:+.1%}" if dense and point.subject.policy != DENSE else "",
                 str(point.run),
@@ -179,18 +181,19 @@ def _task(panel: Panel, subjects: Sequence[Subject] | None, name: str) -> Part:
         [
             *_subject(point),
             f"{point.sparsity:.3f}",
+            score(point.figures, "rows"),
             *(score(point.figures, metric) for metric in metrics),
             str(point.run),
         ]
         for point in panel.points
     ]
-    header = ["model", "policy", "requested", "sparsity", *metrics, RUN]
+    header = ["model", "policy", "requested", "sparsity", "rows", *metrics, RUN]
     tables = [Table(header, rows, texts=2, title="Scores by level")]
     cells = retrieved((_subject(point), point.cells) for point in panel.points if point.cells)
     if cells.rows:
         tables.append(Table(cells.header, cells.rows, cells.texts, RETRIEVED))
     chart = accuracy_chart(panel, subjects, name) if subjects else None
-    return Part(panel.title, (chart,) if chart else (), tuple(tables))
+    return Part(panel.title, (chart,) if chart else (), tuple(tables), (panel.note(),))
 
 
 def _subject(point: Point) -> list[str]:
@@ -238,7 +241,7 @@ def _provenance(merged: Merged) -> list[Part]:
                 str(number),
                 run.kind,
                 merged.models[results["model"]],
-                results.get("policy", ""),
+                decider(results) if "policy" in results else "",
                 results.get("text", ""),
                 on,
                 results.get("dtype", ""),

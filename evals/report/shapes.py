@@ -32,7 +32,7 @@ PARTS: dict[str, dict[str, Any]] = {
     )
     | {"tasks": dict},
     BENCH: {
-        "mode": str,
+        **dict.fromkeys(("mode", "dtype"), str),
         "step_ms": SPREAD,
         "text_repeated": bool,
         **dict.fromkeys(
@@ -52,14 +52,17 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 # Where results come from: shown if it is there.
 ORIGIN = {
-    **dict.fromkeys(("date", "command", "text", "dtype", "device", "machine"), str),
+    **dict.fromkeys(("date", "command", "text", "evict", "dtype", "device", "machine"), str),
     **dict.fromkeys(("seed", "limit", "batch_size", "max_rows", "evicts_every", "threads"), MAYBE),
     "versions": dict,
 }
 SCORES = {"sparsity": FIGURE}
+    "prompt": MAYBE,
 # The parts of a decode step.
 BREAKDOWN = dict.fromkeys(
     ("projections", "gate", "policy", "attention", "eviction", "rest"), FIGURE
+# Of a level, and of a task at it: earlier versions did not say, and a dense model has none.
+ROWS = {"rows": MAYBE}
 )
 CELL = dict.fromkeys(("length", "depth", "acc"), FIGURE)
 
@@ -88,8 +91,10 @@ def kind_of(file: str, results: Any) -> str:
                     lacks += _lacks(cell, CELL)
     if lacks:
         raise CtxpruneError(
+            lacks += _lacks({"rows": None, **part}, ROWS)
             f"the results in `{file}` have no usable `{lacks[0]}`",
             f"write them again with `ctxprune {kind} --json`",
+                lacks += _lacks({"rows": None, **scores}, ROWS) if not lacks else []
         )
     return kind
 
