@@ -3,7 +3,10 @@ BIN := .venv/bin
 
 COMMANDS := convert tune eval bench report export generate inspect run info
 
-.PHONY: setup test check demo docs study
+# Both ends of the range of transformers in pyproject.toml.
+ENDS := 5.19.0 5.24.0
+
+.PHONY: setup test test-all check demo docs study
 
 setup: .venv/ready
 
@@ -20,6 +23,20 @@ test check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+# The same, and the laws and the callers on both ends of the range of transformers.
+test-all: test $(ENDS:%=.venvs/%/ready)
+	for end in $(ENDS); do \
+		.venvs/$$end/bin/python -m pytest -q tests/test_laws.py tests/test_callers.py || exit; \
+	done
+
+.venvs/%/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venvs/$*
+	grep -v '^transformers==' constraints.txt > .venvs/$*/constraints.txt
+	.venvs/$*/bin/pip install -q -c constraints.txt torch==2.13.0
+	.venvs/$*/bin/pip install -q -c .venvs/$*/constraints.txt transformers==$* \
+		pytest hypothesis entmax -e .
+	touch $@
 
 demo: setup
 	$(BIN)/ctxprune run demo --out runs/demo

@@ -96,7 +96,9 @@ class Entry:
         if turn.scored and cache.usage is not None:
             cache.usage.end(cache.rows, cache.seen)
         wanted = kwargs.get("use_cache")
-        if turn.scored and not (decoder.config.use_cache if wanted is None else wanted):
+        if wanted is None:
+            wanted = self.handle.model.config.use_cache
+        if turn.scored and not wanted:
             # The caller wants none, and `generate` would go on with one that it gets.
             if isinstance(output, tuple):
                 return tuple(part for part in output if part is not cache)
