@@ -10,7 +10,7 @@ import typer
 
 from ctxprune.cli.console import check_writable, say, write_text
 from ctxprune.cli.console import out as stdout
-from ctxprune.cli.options import Dtype, MaxRows, Model, Policy, Seed, given, numbers, words
+from ctxprune.cli.options import Evict, MaxRows, Model, Policy, Seed, given, numbers, words
 from ctxprune.cli.workspace import current
 from ctxprune.pruner.errors import CtxpruneError
 
@@ -19,7 +19,9 @@ Examples:
 
   ctxprune bench --batch 1,8 --context 256,512 --json speed.json --plot speed.png
 
-  ctxprune bench --model ./m --forced --sparsity 0,0.8 --modes pruned,oracle
+  ctxprune bench --model ./m --sparsity 0,0.8 --dtype float32,bfloat16 --compile
+
+  ctxprune bench --model ./m --context 1024,4096 --batch 8 --unequal --modes dense-static,pruned
 
   ctxprune bench --architecture gpt2 --batch 32 --context 1024
 
@@ -39,6 +41,10 @@ def bench(
     context: Annotated[
         str | None, typer.Option(help="Tokens of context, comma-separated; default: 512.")
     ] = None,
+    unequal: Annotated[
+        bool | None,
+        typer.Option("--unequal", help="Prompts from half of the context to all of it, padded."),
+    ] = None,
     sparsity: Annotated[
         str | None, typer.Option(help="Levels, comma-separated; default: 0,0.5,0.8,0.9.")
     ] = None,
@@ -47,15 +53,17 @@ def bench(
         str | None,
         typer.Option(help="Of dense-dynamic, dense-static, pruned, oracle; default: all."),
     ] = None,
-    forced: Annotated[
+    evict: Evict = None,
+    compiled: Annotated[
         bool | None,
-        typer.Option("--forced", help="Draw survival at random: for gates that were not tuned."),
+        typer.Option("--compile", help="Measure steps by torch.compile beside the others."),
     ] = None,
     max_rows: MaxRows = None,
     repeats: Annotated[int | None, typer.Option(help="Bursts of decode steps; default: 5.")] = None,
     prefills: Annotated[int | None, typer.Option(help="Timed prefills; default: 3.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Decode steps a measurement; default: 16.")
+        int | None,
+        typer.Option(help="Decode steps a burst, in whole eviction intervals; default: 32."),
     ] = None,
     text: Annotated[
         str | None, typer.Option(help="Text of the prompts, a file or datasets name.")
@@ -70,7 +78,12 @@ def bench(
     bf16: Annotated[
         bool | None, typer.Option("--bf16", help="With --training: autocast to bfloat16.")
     ] = None,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, float16, float64, comma-separated; default: float32."
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="torch device; default: cpu.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a PNG here.")] = None,
@@ -92,20 +105,22 @@ def bench(
         architecture=architecture,
         batch=numbers(batch),
         context=numbers(context),
+        unequal=unequal,
         sparsity=numbers(sparsity),
         policy=policy,
+        evict=evict,
         modes=words(modes),
-        forced=forced,
+        compile=compiled,
         max_rows=max_rows,
         repeats=repeats,
         prefills=prefills,
         steps=steps,
         text=text,
-        dtype=dtype,
+        dtype=words(dtype),
         device=device,
         seed=seed,
     )
-    from ctxprune.evals.speed.bench import BenchConfig
+    from ctxprune.evals.config import BenchConfig
     from ctxprune.evals.speed.bench import bench as run
     from ctxprune.evals.speed.speed_report import plot, rich_table
 

@@ -57,6 +57,8 @@ def benchmark(contexts: tuple[int, ...] = (256, 512), **fields: Any) -> Results:
         speed = 100.0 + 1000 * level - context / 10
         return {
             "mode": mode,
+            "dtype": "float32",
+            "compiled": False,
             "batch": 8,
             "context": context,
             "sparsity": level,
@@ -64,13 +66,16 @@ def benchmark(contexts: tuple[int, ...] = (256, 512), **fields: Any) -> Results:
             "decode_tokens_per_s": speed,
             "prefill_tokens_per_s": 700.0 if reads else None,
             "ttft_s": 1.5 if reads else None,
+            "ttft_ratio": {"median": 1.5, "min": 1.4, "max": 1.6} if reads else None,
             "step_ms": {"median": 8e3 / speed, "min": 7e3 / speed, "max": 9e3 / speed},
+            "between_ms": 7.5 if mode == "pruned" else None,
+            "eviction_ms": 0.5 if mode == "pruned" else None,
+            "interval": {"min": 8, "max": 16} if mode == "pruned" else None,
             "speedup": speed / 100.0,
             "of_oracle": None,
             "kv_bytes": 1e6 * context * (1 - level),
             "peak_bytes": 1e9 if reads else None,
             "rows_kept": context * (1 - level),
-            "padding": 1.0,
             "text_repeated": False,
         }
 
@@ -79,7 +84,9 @@ def benchmark(contexts: tuple[int, ...] = (256, 512), **fields: Any) -> Results:
         "model": "runs/tuned",
         "policy": "gate",
         "evicts_every": 16,
-        "forced": False,
+        "evict": "reading",
+        "unequal": False,
+        "extensions": ["AVX-512"],
         "max_rows": None,
         "random_weights": False,
         "text": "embedded",
@@ -97,6 +104,13 @@ def benchmark(contexts: tuple[int, ...] = (256, 512), **fields: Any) -> Results:
         "rows": [row(mode, context, level) for context in contexts for mode, level in modes],
     }
     return made | fields
+
+
+def with_row(**fields: Any) -> Results:
+    """A benchmark whose first row holds something else."""
+    made = benchmark()
+    made["rows"][0] |= fields
+    return made
 
 
 def training() -> Results:
@@ -190,6 +204,11 @@ def test_the_same_results_in_two_files_are_one_run() -> None:
     fewer_rows = benchmark(max_rows=64)
     bench = merge([("a", benchmark()), ("b", fewer_rows)]).benches[0]
     assert [number for number, _, _ in bench.parts] == [1, 2]
+    late = benchmark(evict="prompt")
+    bench = merge([("a", benchmark()), ("b", late)]).benches[0]
+    assert [number for number, _, _ in bench.parts] == [1, 2]
+    # Prompts of other lengths are another measurement.
+    assert len(merge([("a", benchmark()), ("b", benchmark(unequal=True))]).benches) == 2
 
 
 def test_a_cap_at_sparsity_0_is_not_called_dense() -> None:
@@ -244,25 +263,6 @@ def test_the_tables_in_markdown() -> None:
     assert "    ctxprune eval --policy gate --text 'books/test.txt'" in lines
 
 
-def test_retrieval_and_training_have_their_tables() -> None:
-    page = markdown(merge([("a", with_retrieval()), ("b", training())]))
-    assert "| tuned | gate | 0.8 | 2048 | 0.41 | 0.49 |" in page
-    assert "### tuned, lora, 1 window a step, on AMD EPYC, 1 thread" in page
-    assert "| gated | 512 | 2.00 | 1.31 |  |" in page
-
-
-def test_markdown_for_a_card_has_no_page_around_it() -> None:
-    page = markdown(merge(FILES), level=0, provenance=False)
-    assert page.startswith("### Perplexity\n")
-    assert "ctxprune eval" not in page and "| run |" not in page
-    assert "| tuned | gate | 0.8 | 0.790 | 0.790 | 108 | 33.00 | +10.0% |\n" in page
-
-
-def test_the_page_is_whole_and_alone() -> None:
-    merged = merge([*FILES, ("t.json", training())])
-    page = html(merged)
-    parsed = Page(page)
-    figures, charts = parsed.all("figure"), parsed.all("svg")
 def test_protocols_compare_at_the_level_asked_for() -> None:
     protocol = {"context": 1280, "prompt": 1024}
     points = [(0.0, 0.0, 30.0), (0.8, 0.79, 36.0)]
@@ -285,6 +285,25 @@ def test_protocols_compare_at_the_level_asked_for() -> None:
     assert page.count("h2o: while reading, where") == 2  # of the text and of the task
 
 
+def test_retrieval_and_training_have_their_tables() -> None:
+    page = markdown(merge([("a", with_retrieval()), ("b", training())]))
+    assert "| tuned | gate | 0.8 | 2048 | 0.41 | 0.49 |" in page
+    assert "### tuned, lora, 1 window a step, on AMD EPYC, 1 thread" in page
+    assert "| gated | 512 | 2.00 | 1.31 |  |" in page
+
+
+def test_markdown_for_a_card_has_no_page_around_it() -> None:
+    page = markdown(merge(FILES), level=0, provenance=False)
+    assert page.startswith("### Perplexity\n")
+    assert "ctxprune eval" not in page and "| run |" not in page
+    assert "| tuned | gate | 0.8 | 0.790 | 0.790 | 108 | 33.00 | +10.0% |\n" in page
+
+
+def test_the_page_is_whole_and_alone() -> None:
+    merged = merge([*FILES, ("t.json", training())])
+    page = html(merged)
+    parsed = Page(page)
+    figures, charts = parsed.all("figure"), parsed.all("svg")
     # two texts, a task, and four measures of a batch size
     assert len(figures) == len(charts) == len(parsed.all("figcaption")) == 7
     alternatives = [chart["aria-label"] or "" for chart in charts]
@@ -345,6 +364,14 @@ def test_speed_is_drawn_over_what_was_varied() -> None:
     assert "Decoded tokens a second: context 512, batch 8" in alone
 
 
+def test_lines_say_what_they_differ_in() -> None:
+    both = benchmark((512,), dtype="float32, bfloat16")
+    both["rows"] += [row | {"dtype": "bfloat16", "compiled": True} for row in both["rows"]]
+    page = html(merge([("a", both), ("b", benchmark((512,), evict="prompt"))]))
+    for told in ("gate 0.8, float32", "gate 0.8, compiled, bfloat16", "gate 0.8, after the prompt"):
+        assert told in page
+
+
 def test_figures_that_are_none_are_not_drawn() -> None:
     lost = evaluation("m", "gate", [(0.8, 0.8, math.inf), (0.9, 0.9, math.nan)])
     merged = merge([("a", lost)])
@@ -366,6 +393,9 @@ def test_figures_that_are_none_are_not_drawn() -> None:
         (GATE | {"versions": "1"}, "no usable `versions`"),
         (with_retrieval() | {"context": None}, "no usable `context`"),
         (benchmark() | {"machine": None}, "no usable `machine`"),
+        (benchmark() | {"rows": [{"ttft_ratio": 1}]}, "no usable `mode`"),
+        (with_row(ttft_ratio={"median": 1.0}), "no usable `ttft_ratio min`"),
+        (with_row(interval={"min": 8}), "no usable `interval max`"),
         ({"rows": [{"ratio": 1.0}]}, "no usable `model`"),
     ],
 )

@@ -346,12 +346,13 @@ def _benches(runs: Sequence[Run], models: dict[str, str]) -> tuple[Bench, ...]:
         facts = [models[results["model"]]]
         facts += ["random weights"] if results["random_weights"] else []
         facts += [f"{results['dtype']} on {results['machine']}", threads(results)]
+        facts += ["prompts of unequal lengths"] if results["unequal"] else []
         bench = benches.setdefault(tuple(facts), Bench(", ".join(facts)))
         # Who decides is part of a row: the same figures of another policy are no repeat.
         known = [
             row
             for _, other, rows in bench.parts
-            if all(other[key] == results[key] for key in ("policy", "forced", "max_rows"))
+            if all(other[key] == results[key] for key in ("policy", "evict", "max_rows"))
             for row in rows
         ]
         rows = [row for row in results["rows"] if row not in known]

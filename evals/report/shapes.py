@@ -14,12 +14,14 @@ DYNAMIC, STATIC, PRUNED, ORACLE = MODES = ("dense-dynamic", "dense-static", "pru
 # Lists are looked into by `kind_of`: of levels, of rows.
 FIGURE = (int, float)
 MAYBE = (int, float, type(None))
-SPREAD = {"median": FIGURE, "min": FIGURE, "max": FIGURE}
+RANGE = {"min": FIGURE, "max": FIGURE}
+SPREAD = {"median": FIGURE, **RANGE}
 SHAPES: dict[str, dict[str, Any]] = {
     EVAL: {"model": str, "policy": str, "context": FIGURE},
     BENCH: {
-        **dict.fromkeys(("model", "policy", "dtype", "machine"), str),
-        **dict.fromkeys(("forced", "random_weights"), bool),
+        **dict.fromkeys(("model", "policy", "evict", "dtype", "machine"), str),
+        **dict.fromkeys(("unequal", "random_weights"), bool),
+        "extensions": (list, type(None)),
         **dict.fromkeys(("evicts_every", "threads", "repeats", "steps", "prefills"), FIGURE),
         "max_rows": MAYBE,
     },
@@ -34,14 +36,15 @@ PARTS: dict[str, dict[str, Any]] = {
     BENCH: {
         **dict.fromkeys(("mode", "dtype"), str),
         "step_ms": SPREAD,
-        "text_repeated": bool,
+        **dict.fromkeys(("text_repeated", "compiled"), bool),
         **dict.fromkeys(
-            ("batch", "context", "sparsity", "decode_tokens_per_s", "rows_kept", "padding"), FIGURE
+            ("batch", "context", "sparsity", "decode_tokens_per_s", "rows_kept"), FIGURE
         ),
         **dict.fromkeys(
             ("sparsity_realised", "prefill_tokens_per_s", "ttft_s", "speedup", "of_oracle"), MAYBE
         ),
-        **dict.fromkeys(("kv_bytes", "peak_bytes"), MAYBE),
+        **dict.fromkeys(("between_ms", "eviction_ms", "kv_bytes", "peak_bytes"), MAYBE),
+        **dict.fromkeys(("ttft_ratio", "interval"), (dict, type(None))),
     },
     TRAINING: {
         "mode": str,
@@ -54,16 +57,18 @@ PARTS: dict[str, dict[str, Any]] = {
 ORIGIN = {
     **dict.fromkeys(("date", "command", "text", "evict", "dtype", "device", "machine"), str),
     **dict.fromkeys(("seed", "limit", "batch_size", "max_rows", "evicts_every", "threads"), MAYBE),
+    "prompt": MAYBE,
     "versions": dict,
 }
 SCORES = {"sparsity": FIGURE}
-    "prompt": MAYBE,
+# Of a level, and of a task at it: earlier versions did not say, and a dense model has none.
+ROWS = {"rows": MAYBE}
 # The parts of a decode step.
 BREAKDOWN = dict.fromkeys(
     ("projections", "gate", "policy", "attention", "eviction", "rest"), FIGURE
-# Of a level, and of a task at it: earlier versions did not say, and a dense model has none.
-ROWS = {"rows": MAYBE}
 )
+# What a row of `bench` may have.
+PERHAPS = {"breakdown": BREAKDOWN, "ttft_ratio": SPREAD, "interval": RANGE}
 CELL = dict.fromkeys(("length", "depth", "acc"), FIGURE)
 
 
@@ -82,19 +87,20 @@ def kind_of(file: str, results: Any) -> str:
     lacks += _lacks(results, {name: kind for name, kind in ORIGIN.items() if name in results})
     for part in parts:
         lacks += _lacks(part, PARTS[kind])
-        if isinstance(part, dict) and "breakdown" in part:
-            lacks += _lacks(part, {"breakdown": BREAKDOWN})
+        if kind == BENCH and not lacks:
+            there = {key: shape for key, shape in PERHAPS.items() if part.get(key) is not None}
+            lacks += _lacks(part, there)
         if kind == EVAL and not lacks:
+            lacks += _lacks({"rows": None, **part}, ROWS)
             for scores in part["tasks"].values():
                 lacks += _lacks(scores, SCORES)
+                lacks += _lacks({"rows": None, **scores}, ROWS) if not lacks else []
                 for cell in scores.get("cells", []) if isinstance(scores, dict) else []:
                     lacks += _lacks(cell, CELL)
     if lacks:
         raise CtxpruneError(
-            lacks += _lacks({"rows": None, **part}, ROWS)
             f"the results in `{file}` have no usable `{lacks[0]}`",
             f"write them again with `ctxprune {kind} --json`",
-                lacks += _lacks({"rows": None, **scores}, ROWS) if not lacks else []
         )
     return kind
 

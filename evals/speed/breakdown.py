@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from statistics import median
 
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.pytorch_utils import Conv1D
+
+from ctxprune.pruner.engine.handle import handle_of
 
 # The engine marks its parts with profiler ranges; the projections are marked here.
 RANGES = {
@@ -20,38 +21,31 @@ RANGES = {
 }
 
 
-def breakdown(
-    model: nn.Module, step: Callable[[], float], steps: int, step_ms: float
-) -> dict[str, float]:
+def breakdown(model: nn.Module, burst: Callable[[], float], step_ms: float) -> dict[str, float]:
     """Milliseconds a decode step spends in each part, and in the `rest`; they add up to `step_ms`.
 
-    A part's time is its median share of the profiled steps, times `step_ms`. The profiler slows
-    down what it watches, small operations most; so parts that consist of many of these (gate,
-    policy, eviction) come out somewhat too large, and matrix products too small.
+    A part's time is its share of a burst, times `step_ms`: `policy` is what eviction steps take, of
+    which only some steps have one. The profiler slows down what it watches, small operations most;
+    so parts that consist of many of these (gate, policy, eviction) come out somewhat too large, and
+    matrix products too small.
 
     Args:
-        model: its linear layers are the projections; the gates are none of its modules.
-        step: does one decode step, and returns its seconds; done `steps` times.
-        step_ms: median of the steps that were not profiled.
+        model: its linear layers are the projections, but for those of the gates.
+        burst: does some decode steps, and returns their seconds.
+        step_ms: of the steps that were not profiled.
     """
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    gates = set(handle_of(model).gates.modules())
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m not in gates]
     cuda = next(model.parameters()).is_cuda
-    with _marked(linear, RANGES["projections"]):
-        shares = [_shares(step, cuda) for _ in range(steps)]
-    parts = {part: step_ms * median(share[part] for share in shares) for part in RANGES}
-    return {**parts, "rest": step_ms - sum(parts.values())}
-
-
-def _shares(step: Callable[[], float], cuda: bool) -> dict[str, float]:
-    """Each part's share of one step's time."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as profiled:
-        seconds = step()
+    with _marked(linear, RANGES["projections"]), profile(activities=activities) as profiled:
+        seconds = burst()
     spent = dict.fromkeys(RANGES.values(), 0.0)
     for event in profiled.events() or ():
         if event.name in spent and event.device_type.name == "CPU":
             spent[event.name] += event.device_time_total if cuda else event.cpu_time_total
-    return {part: spent[name] / 1e6 / seconds for part, name in RANGES.items()}
+    parts = {part: step_ms * spent[name] / 1e6 / seconds for part, name in RANGES.items()}
+    return {**parts, "rest": step_ms - sum(parts.values())}
 
 
 @contextmanager

@@ -17,6 +17,7 @@ Row = dict[str, Any]
 # What a panel shows: unit, key of a row, factor.
 MEASURES = (("decoded tokens/s", "decode_tokens_per_s", 1.0), ("KV cache, MB", "kv_bytes", 1e-6))
 MARKERS = "osD^vPX"
+PLACE = ["mode", "batch", "context"]
 
 
 def rich_table(results: dict[str, Any]) -> Group:
@@ -44,29 +45,32 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """PNG of decode speed and cache size over the context: a row of panels a batch size."""
+    """PNG of decode speed and cache size over the context.
+
+    A row of panels a dtype and batch size.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = results["rows"]
-    batches = sorted({row["batch"] for row in rows})
+    places = list(dict.fromkeys((row["dtype"], row["batch"]) for row in rows))
     contexts = sorted({row["context"] for row in rows})
     levels = sorted({row["sparsity"] for row in rows})
-    figure = Figure(figsize=(11.0, 1.2 + 3.4 * len(batches)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11.0, 1.2 + 3.4 * len(places)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # draws to memory: no display, no global state
-    panels = figure.subplots(len(batches), len(MEASURES), squeeze=False)
-    for batch, line in zip(batches, panels, strict=True):
+    panels = figure.subplots(len(places), len(MEASURES), squeeze=False)
+    for (dtype, batch), line in zip(places, panels, strict=True):
         for axes, (unit, key, factor) in zip(line, MEASURES, strict=True):
             lines: dict[str, list[Row]] = {}
             for row in rows:
-                if row["batch"] == batch:
-                    lines.setdefault(label(row, results), []).append(row)
+                if (row["dtype"], row["batch"]) == (dtype, batch):
+                    lines.setdefault(label(row, {**results, "dtype": dtype}), []).append(row)
             for name, points in lines.items():
                 axes.plot(
                     [row["context"] for row in points],
                     [row[key] * factor for row in points],
                     label=name,
-                    **_style(points[0]["mode"], levels.index(points[0]["sparsity"])),
+                    **_style(points[0], levels.index(points[0]["sparsity"])),
                 )
             axes.set_xscale("log", base=2)
             axes.set_xticks(contexts, [str(context) for context in contexts])
@@ -74,7 +78,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axes.set_ylim(bottom=0)
             axes.set_xlabel("tokens of context")
             axes.set_ylabel(unit)
-            axes.set_title(f"batch {batch}", fontsize="medium")
+            axes.set_title(f"batch {batch}, {dtype}", fontsize="medium")
             axes.grid(alpha=0.3)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
@@ -83,72 +87,108 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    """Speed and memory, and where the time of a pruned step goes if that was measured."""
+    """Reading and decoding, and where the time of a pruned step goes if that was measured."""
     rows = results["rows"]
-    found = [_speed_table(rows, results)]
+    found = [_decode_table(rows, results)]
+    if any(row["ttft_s"] is not None for row in rows):
+        found.insert(0, _read_table(rows, results))
     if any("breakdown" in row for row in rows):
         found.append(_part_table(rows, results))
     return found
 
 
-def _speed_table(rows: list[Row], results: dict[str, Any]) -> Table:
-    header = ["mode", "batch", "context", "sparsity", "prefill tokens/s", "first token ms"]
-    header += ["decode tokens/s", "step ms (min-max)", "speedup", "of oracle", "KV MB", "peak MB"]
-    header += ["rows", "padding"]
-    cells = []
-    for row in rows:
-        step = row["step_ms"]
-        cells.append(
-            [
-                label(row, results),
-                str(row["batch"]),
-                str(row["context"]),
-                _figure(row["sparsity_realised"], "{:.3f}"),
-                _figure(row["prefill_tokens_per_s"], "{:.0f}"),
-                _figure(row["ttft_s"], "{:.1f}", 1e3),
-                f"{row['decode_tokens_per_s']:.1f}",
-                f"{step['median']:.2f} ({step['min']:.2f}-{step['max']:.2f})",
-                _figure(row["speedup"], "{:.2f}"),
-                _figure(row["of_oracle"], "{:.2f}"),
-                _figure(row["kv_bytes"], "{:.2f}", 1e-6),
-                _figure(row["peak_bytes"], "{:.0f}", 1e-6),
-                f"{row['rows_kept']:.0f}",
-                f"{row['padding']:.2f}",
-            ]
-        )
-    return Table(header, cells, texts=1, title="Speed and memory")
+def _read_table(rows: list[Row], results: dict[str, Any]) -> Table:
+    """An oracle reads no prompt, so it has no row here."""
+    header = [*PLACE, "sparsity", "prefill tokens/s", "first token ms", "of dense (min-max)"]
+    header += ["peak MB"]
+    cells = [
+        [
+            *_place(row, results),
+            _figure(row["sparsity_realised"], "{:.3f}"),
+            _figure(row["prefill_tokens_per_s"], "{:.0f}"),
+            _figure(row["ttft_s"], "{:.1f}", 1e3),
+            _spread(row["ttft_ratio"]),
+            _figure(row["peak_bytes"], "{:.0f}", 1e-6),
+        ]
+        for row in rows
+        if row["ttft_s"] is not None
+    ]
+    return Table(header, cells, texts=1, title="Reading the prompts")
+
+
+def _decode_table(rows: list[Row], results: dict[str, Any]) -> Table:
+    header = [*PLACE, "decode tokens/s", "step ms (min-max)", "speedup", "of oracle", "between ms"]
+    header += ["eviction ms", "interval", "rows", "KV MB"]
+    cells = [
+        [
+            *_place(row, results),
+            f"{row['decode_tokens_per_s']:.1f}",
+            _spread(row["step_ms"]),
+            _figure(row["speedup"], "{:.2f}"),
+            _figure(row["of_oracle"], "{:.2f}"),
+            _figure(row["between_ms"], "{:.2f}"),
+            _figure(row["eviction_ms"], "{:.2f}"),
+            _interval(row["interval"]),
+            f"{row['rows_kept']:.0f}",
+            _figure(row["kv_bytes"], "{:.2f}", 1e-6),
+        ]
+        for row in rows
+    ]
+    return Table(header, cells, texts=1, title="Decoding, and the KV cache")
 
 
 def _part_table(rows: list[Row], results: dict[str, Any]) -> Table:
     cells = [
         [
-            label(row, results),
-            str(row["batch"]),
-            str(row["context"]),
+            *_place(row, results),
             *(f"{row['breakdown'][part]:.2f}" for part in BREAKDOWN),
             f"{row['step_ms']['median']:.2f}",
         ]
         for row in rows
         if "breakdown" in row
     ]
-    header = ["mode", "batch", "context", *BREAKDOWN, "step"]
+    header = [*PLACE, *BREAKDOWN, "step"]
     return Table(header, cells, texts=1, title="A decode step in ms")
+
+
+def _place(row: Row, results: dict[str, Any]) -> list[str]:
+    return [label(row, results), str(row["batch"]), str(row["context"])]
 
 
 def _figure(value: float | None, form: str, factor: float = 1.0) -> str:
     return "" if value is None else form.format(value * factor)
 
 
+def _spread(values: dict[str, float] | None) -> str:
+    if values is None:
+        return ""
+    return f"{values['median']:.2f} ({values['min']:.2f}-{values['max']:.2f})"
+
+
+def _interval(every: dict[str, int] | None) -> str:
+    if every is None:
+        return ""
+    least, most = every["min"], every["max"]
+    return f"{most}" if least == most else f"{least}-{most}"
+
+
 def label(row: Row, results: dict[str, Any]) -> str:
-    """The mode; with the level asked for, and who decides, where something is pruned."""
+    """The mode; with the level asked for, and who decides when, where something is pruned.
+
+    Where several dtypes were measured, the dtype too.
+    """
     if row["mode"] in (DYNAMIC, STATIC):
-        return str(row["mode"])
-    if row["mode"] == ORACLE:
-        return f"oracle {row['sparsity']:g}"
-    if row["sparsity"] == 0.0 and not results["max_rows"]:
-        return "dense, in place"
-    forced = ", forced" if results["forced"] else ""
-    return f"{results['policy']} {row['sparsity']:g}{forced}"
+        parts = [row["mode"]]
+    elif row["mode"] == ORACLE:
+        parts = [f"oracle {row['sparsity']:g}"]
+    elif row["sparsity"] == 0.0 and not results["max_rows"]:
+        parts = ["dense, in place"]
+    else:
+        parts = [f"{results['policy']} {row['sparsity']:g}"]
+        parts += ["after the prompt"] if results["evict"] == "prompt" else []
+    parts += ["compiled"] if row["compiled"] else []
+    parts += [row["dtype"]] if row["dtype"] != results["dtype"] else []
+    return ", ".join(parts)
 
 
 def note(results: dict[str, Any]) -> str:
@@ -156,11 +196,14 @@ def note(results: dict[str, Any]) -> str:
     parts = [Path(results["model"]).name or results["model"]]
     if results["random_weights"]:
         parts.append("random weights")
-    if results["forced"]:
-        parts.append("survival forced at random")
     if results["max_rows"]:
         parts.append(f"at most {results['max_rows']} rows")
-    parts.append(f"{results['dtype']} on {results['machine']}")
+    if results["unequal"]:
+        parts.append("prompts of unequal lengths")
+    machine = f"{results['dtype']} on {results['machine']}"
+    if results["extensions"] is not None:
+        machine += f" ({' and '.join(results['extensions']) or 'without AVX-512'})"
+    parts.append(machine)
     parts.append(f"{results['threads']} thread{'s' * (results['threads'] != 1)}")
     if results["evicts_every"] > 1:
         parts.append(f"evicts every {results['evicts_every']} tokens at most")
@@ -173,10 +216,15 @@ def note(results: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _style(mode: str, level: int) -> dict[str, Any]:
-    """A stroke a mode, a colour and a marker a level of sparsity; an oracle's is hollow."""
-    if mode in (DYNAMIC, STATIC):
-        return {"color": "0.3", "linestyle": "-" if mode == DYNAMIC else ":", "marker": "."}
-    style = {"color": f"C{level}", "marker": MARKERS[level % len(MARKERS)]}
+def _style(row: Row, level: int) -> dict[str, Any]:
+    """A stroke a mode, a colour and a marker a level of sparsity; an oracle's is hollow.
+
+    What is compiled is drawn thicker.
+    """
+    width = {"linewidth": 2.5} if row["compiled"] else {}
+    if row["mode"] in (DYNAMIC, STATIC):
+        dash = "-" if row["mode"] == DYNAMIC else ":"
+        return {"color": "0.3", "linestyle": dash, "marker": "."} | width
+    style = {"color": f"C{level}", "marker": MARKERS[level % len(MARKERS)]} | width
     hollow = {"linestyle": "--", "markerfacecolor": "none"}
-    return style | (hollow if mode == ORACLE else {})
+    return style | (hollow if row["mode"] == ORACLE else {})

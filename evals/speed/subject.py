@@ -56,7 +56,7 @@ def from_folder(folder: Path, *, dtype: str, device: str) -> Subject:
 
 
 def from_architecture(name: str, positions: int, *, seed: int, dtype: str, device: str) -> Subject:
-    """Random weights and new gates.
+    """Random weights and new gates, which give every layer as many rows.
 
     Args:
         name: a family, whose default configuration gets as many `positions` as are needed; or a
@@ -70,8 +70,9 @@ def from_architecture(name: str, positions: int, *, seed: int, dtype: str, devic
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=DENSE)
     model.to(torch.device(device)).eval()
-    settings = PruneConfig()
-    gates = new_gates(model, settings, seed)
+    gates = new_gates(model, PruneConfig(), seed)
+    # Not tuned, but calibrated evenly: the rows and the cost of a gate that was.
+    settings = PruneConfig(levels={0.5: (0.5,) * len(gates)})
     gates.to(device=device, dtype=gate_dtype(DTYPES[dtype]))
     attach(model, gates, settings)
     with embedded_folder() as folder:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxprune.evals.provenance import provenance, worker
-from ctxprune.evals.speed.bench import spread
+from ctxprune.evals.speed.comparison import spread
 from ctxprune.evals.speed.peak import peak_of
 from ctxprune.evals.speed.subject import check_positions, from_folder, prompts
 from ctxprune.pruner.config import FromMapping, TuneConfig, check_at_least
