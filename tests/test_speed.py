@@ -25,10 +25,9 @@ from ctxprune.evals.speed.comparison import (
     attended,
     eviction_steps,
     kv_bytes,
-    unequal,
 )
 from ctxprune.evals.speed.speed_report import markdown, plot, rich_table
-from ctxprune.evals.speed.subject import prompts
+from ctxprune.evals.speed.subject import prompts, unequal
 from ctxprune.evals.speed.training_cost import (
     DENSE,
     DISTILLED,

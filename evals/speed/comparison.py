@@ -22,6 +22,8 @@ from ctxprune.evals.config import BenchConfig
 from ctxprune.evals.report.shapes import DYNAMIC, ORACLE, PRUNED, STATIC
 from ctxprune.evals.speed.breakdown import breakdown
 from ctxprune.evals.speed.peak import peak_of
+from ctxprune.evals.speed.stopwatch import Stopwatch, spread, wait
+from ctxprune.evals.speed.subject import unequal
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.dense import DenseCache, DenseLayer
 from ctxprune.pruner.engine.handle import handle_of
@@ -81,32 +83,6 @@ class Lane:
         """What progress calls it."""
         level = f" {self.sparsity:g}" if self.mode in (PRUNED, ORACLE) else ""
         return f"{self.mode}{level}{', compiled' if self.compiled else ''}"
-
-
-class Stopwatch:
-    """Times of consecutive pieces of work; on CUDA those of the device, which is not waited for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._marks: list[Any] = []
-        wait(device)
-
-    def mark(self) -> None:
-        """Begin, and end each piece."""
-        if self._device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def laps(self) -> list[float]:
-        """Seconds between consecutive marks."""
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        if self._device.type == "cuda":
-            wait(self._device)
-            return [before.elapsed_time(after) / 1e3 for before, after in pairs]
-        return [after - before for before, after in pairs]
 
 
 class Comparison:
@@ -332,11 +308,12 @@ class Comparison:
         # A prompt is never compiled.
         first = min((lane.first_s for lane in dense if not lane.compiled), key=median, default=None)
         for lane in readers:
+            ratios = [own / best for own, best in zip(lane.first_s, first or [], strict=False)]
             lane.facts |= {
                 "prefill_tokens_per_s": self.tokens / median(lane.read_s),
                 "prefill_s": spread(lane.read_s),
                 "ttft_s": median(lane.first_s),
-                "ttft_ratio": None if first is None else _ratios(lane.first_s, first),
+                "ttft_ratio": spread(ratios) if ratios else None,
             }
         rows = []
         for lane in self.lanes:
@@ -372,12 +349,6 @@ def kv_bytes(cache: Cache) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
 
-def unequal(batch: int, context: int) -> list[int]:
-    """Lengths of the prompts of a batch, spread evenly from half of the context to all of it."""
-    shortest = context // 2
-    return [context - (context - shortest) * n // max(batch - 1, 1) for n in reversed(range(batch))]
-
-
 def attended(cache: PrunedCache) -> float:
     """Rows that a new token attends to, its own among them.
 
@@ -402,22 +373,6 @@ def eviction_steps(rows: Rows, layers: int, seen: Sequence[int], steps: int) -> 
         )
         for step in range(steps)
     ]
-
-
-def wait(device: torch.device) -> None:
-    """Let the device finish."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": median(values), "min": min(values), "max": max(values)}
-
-
-def _ratios(values: list[float], others: list[float]) -> dict[str, float]:
-    """Spread of the ratios, round by round."""
-    return spread([value / other for value, other in zip(values, others, strict=True)])
 
 
 def _interval(cache: PrunedCache) -> dict[str, int]:

@@ -118,6 +118,12 @@ def prompts(text: Tensor, batch: int) -> Tensor:
     return text[chosen]
 
 
+def unequal(batch: int, context: int) -> list[int]:
+    """Lengths of the prompts of a batch, spread evenly from half of the context to all of it."""
+    shortest = context // 2
+    return [context - (context - shortest) * n // max(batch - 1, 1) for n in reversed(range(batch))]
+
+
 def _check_device(name: str) -> None:
     try:
         torch.empty(1, device=name)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ctxprune.evals.provenance import provenance, worker
-from ctxprune.evals.speed.comparison import spread
 from ctxprune.evals.speed.peak import peak_of
+from ctxprune.evals.speed.stopwatch import spread
 from ctxprune.evals.speed.subject import check_positions, from_folder, prompts
 from ctxprune.pruner.config import FromMapping, TuneConfig, check_at_least
 from ctxprune.pruner.data import read_texts, windows
