@@ -116,6 +116,8 @@ def test_the_three_lines(
         (["generate", "--model", ".", "--max-new-tokens", "-1", "a"], "must be at least 1"),
         (["generate", "--model", ".", "--temperature", "-1", "a"], "must be at least 0"),
         (["eval", "--model", ".", "--json", "."], "cannot be written"),
+        (["eval", "--model", ".", "--evict", "prompt"], "give `--prompt N`"),
+        (["eval", "--model", ".", "--evict", "late"], "unknown value of evict `late`"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -144,6 +146,37 @@ def test_our_own_tasks_from_the_command_line(embedded_folder: Path, tmp_path: Pa
     (level,) = json.loads((tmp_path / "r.json").read_text())["levels"]
     assert {cell["length"] for cell in level["tasks"]["retrieval"]["cells"]} == {128, 192}
     assert level["tasks"]["last_word"]["n"] == 1
+
+
+def test_rows_that_leave_after_the_prompt(embedded_folder: Path, tmp_path: Path) -> None:
+    done = ctxprune(
+        "eval", "--model", str(embedded_folder), "--policy", "tova", "--evict", "prompt", "--tasks",
+        "last_word", "--context", "160", "--prompt", "128", "--tokens", "640", "--limit", "2",
+        "--sparsity", "0,0.7", "--json", "r.json", cwd=tmp_path,
+    )  # fmt: skip
+    assert "tova, after the prompt" in done.stdout and "scored after 128" in done.stdout
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert (results["evict"], results["prompt"]) == ("prompt", 128)
+    assert results["levels"][1]["tokens"] == 4 * 32 and results["levels"][1]["rows"] < 60
+    model = ["--model", str(embedded_folder), "--policy", "snapkv", "--sparsity", "0.7"]
+    text = ["--max-new-tokens", "40", "It was a bright cold day in the harbour, and the captain"]
+    late = ctxprune("generate", *model, "--evict", "prompt", *text, cwd=tmp_path)
+    assert "rows a layer" in late.stderr
+    refused = ctxprune(
+        "generate", *model, "--evict", "prompt", "--max-rows", "64", *text, cwd=tmp_path, code=2
+    )
+    assert "a cap on rows holds at every moment" in refused.stderr
+
+
+def test_a_text_that_is_shorter_than_a_page_saves_nothing(
+    embedded_folder: Path, tmp_path: Path
+) -> None:
+    done = ctxprune(
+        "generate", "--model", str(embedded_folder), "--policy", "sink", "--sparsity", "0.5",
+        "--max-new-tokens", "900", "--stop", " ", "It was a", cwd=tmp_path,
+    )  # fmt: skip
+    assert "the text is shorter than a page: " in done.stderr and " rows of room" in done.stderr
+    assert "MB" not in done.stderr
 
 
 def test_the_hub_offline_is_one_sentence(tmp_path: Path) -> None:

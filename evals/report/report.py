@@ -130,8 +130,8 @@ def _scores(results: Results) -> Table:
             (task, metric)
             for level in levels
             for task, scores in level["tasks"].items()
-            for metric in (*METRICS, "sparsity", "rows")
-            if scores.get(metric) is not None
+            for metric in (*METRICS, "sparsity")
+            if metric in scores
         )
     )
     header = ["model", "policy", "requested", "sparsity", "cache sparsity", "rows", "perplexity"]
