@@ -20,7 +20,7 @@ import torch
 from ctxprune.pruner.config import PERIOD, PruneConfig
 
 # The longest eviction interval, in tokens; a step recomputes the attention of as many queries.
-LONGEST = 64
+LONGEST = 32
 # Rows a layer at which a text is halfway between one of few rows and one of many.
 FEW = 8
 # Queries of a prompt that are judged together while it is read whole; the last ones observe it.
@@ -206,7 +206,7 @@ def plan(
     window = window_of(sparsity, context)
     own = window * held / held.mean()
     # New tokens stay until the next step, wanted or not: half of a layer's rows at most.
-    intervals = tuple(_power_of_two(min(window / 4, rows / 2), longest) for rows in own.tolist())
+    intervals = tuple(_power_of_two(rows / 2, longest) for rows in own.tolist())
     steps = [torch.arange(0, context + 1, interval) for interval in intervals]
     counts = [len(of_layer) for of_layer in steps]
     layer = torch.arange(len(shares)).repeat_interleave(torch.tensor(counts))

@@ -13,6 +13,7 @@ from torch.autograd import profiler
 from torch.nn import functional as F
 
 from ctxprune.pruner.engine.page import New, Page
+from ctxprune.pruner.engine.weights import causal, softmax_weights
 
 
 def span(name: str) -> AbstractContextManager[object]:
@@ -54,16 +55,24 @@ def static_step(
 
 
 def read_block(
-    page: Page, new: New, query: Tensor, scale: float, counts: list[int], first: list[int]
-) -> Tensor:
+    page: Page,
+    new: New,
+    query: Tensor,
+    scale: float,
+    counts: list[int],
+    first: list[int],
+    judged: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Attend with a block of new tokens, each to the rows held and to those before it in the block.
 
     Args:
         new: the tokens; query: (b, h, n, d). counts: tokens of each sequence in the block.
         first: column of each sequence's first one; they are consecutive.
+        judged: an eviction step comes after the block.
 
     Returns:
-        (b, h, n, d); finite where a sequence has no token.
+        (b, h, n, d), finite where a sequence has no token; and the weights of all waiting queries
+        (b, h_kv, groups * n, r), if the step asks for them and they are these.
     """
     length = query.shape[2]
     page.grow(max(used + count for used, count in zip(page.used, counts, strict=True)))
@@ -74,7 +83,11 @@ def read_block(
         with span("attention"):
             stop = used + length
             key, value = page.key[:, :, :stop], page.value[:, :, :stop]
-            return grouped_sdpa(query, key, value, _causal(query, key, used), scale)
+            if page.query is None or not judged or used > page.settled[0]:
+                mask = None if length == 1 else causal(query, key, used)[:, None]
+                return grouped_sdpa(query, key, value, mask, scale), None
+            weights = softmax_weights(query, key, causal(query, key, used), scale)
+            return (weights.to(value.dtype) @ value).view_as(query), weights
     used, settled, count, start = torch.tensor(
         [page.used, page.settled, counts, first], device=query.device
     )[:, :, None]
@@ -90,13 +103,15 @@ def read_block(
         limit = torch.where(real, slot, 0)
         visible = torch.arange(max(stop, 1), device=query.device) <= limit[:, :, None]
         key, value = page.key[:, :, : max(stop, 1)], page.value[:, :, : max(stop, 1)]
-        return grouped_sdpa(query, key, value, visible, scale)
+        return grouped_sdpa(query, key, value, visible, scale), None
 
 
 def grouped_sdpa(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Attention of (b, h, q, d) to (b, h_kv, r, d); mask: (b, q, r) bool, or what `_causal` gives.
+    """Attention of (b, h, q, d) to (b, h_kv, r, d).
+
+    The mask is (b, q, r) bool, or (1, 1, groups * q, r) to be added, or None: all see all.
 
     The query heads of a group are folded into the query axis, so keys and values are not repeated.
     """
@@ -109,12 +124,3 @@ def grouped_sdpa(
         )
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, queries, value.shape[-1])
-
-
-def _causal(query: Tensor, key: Tensor, before: int) -> Tensor | None:
-    """Mask (1, 1, groups * q, r) to add to the logits of a block behind `before` rows, or None."""
-    queries, groups = query.shape[2], query.shape[1] // key.shape[1]
-    if queries == 1:
-        return None
-    later = query.new_full((groups, queries, key.shape[2]), -torch.inf).triu_(before + 1)
-    return later.view(1, 1, groups * queries, -1)

@@ -57,8 +57,9 @@ class PageLayer(CacheLayerMixin):
         return 0, 0
 
     def get_seq_length(self) -> int:
-        """Columns read, evicted tokens and padding included."""
-        return self.cache.columns
+        """Columns read, evicted tokens and padding included; on the device for a static step."""
+        # Mistyped as transformers' own StaticLayer has it: a compiled step guards on any number.
+        return self.cache.columns if self.cache.length is None else self.cache.length  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -148,6 +149,7 @@ class PrunedCache(Cache):
         self.columns = 0
         self.seen: list[int] = []
         self.expires: list[Tensor] | None = [] if record else None
+        self.length: Tensor | None = None
         self._static = False
         self._scale: list[float] = [1.0] * layers
         self._begun = 0  # columns of the pass that runs
@@ -155,6 +157,7 @@ class PrunedCache(Cache):
         self._real: list[tuple[int, ...] | range] = []
         self._schedules: dict[tuple[int, ...], Schedule] = {}
         self._places: Tensor | None = None
+        self._count = torch.zeros((), dtype=torch.int64)
 
     @classmethod
     def adopt(cls, other: Cache, like: PrunedCache) -> PrunedCache:
@@ -243,6 +246,7 @@ class PrunedCache(Cache):
             for layer in range(len(self.layers)):
                 self._evict(layer, [i for i, real in enumerate(self._real) if real], self.seen)
         self.columns += self._begun
+        self.length = None
 
     def page(self, layer: int) -> Page | None:
         """The page of a layer, None before its first token."""
@@ -321,9 +325,13 @@ class PrunedCache(Cache):
             page.grow(max(page.used) + 1)
         even = all(self._real) and all(_alike(page.used) and _alike(page.settled) for page in pages)
         self._static = static and bool(pages)
+        self.length = None
         if even and not self._static:
             self._places = None
             return
+        if self._static:
+            self._count = self._count.to(pages[0].key.device).fill_(self.columns)
+            self.length = self._count
         places = torch.tensor([[self._slots(page), self._waits(page)] for page in pages])
         if self._places is None or self._places.shape != places.shape:
             self._places = torch.empty_like(places, device=pages[0].key.device)
@@ -347,13 +355,14 @@ class PrunedCache(Cache):
         seen, outputs = list(self.seen), []
         for block in schedule.blocks:
             part = slice(block.start, block.stop)
-            out = read_block(
+            out, weights = read_block(
                 page,
                 new.part(block.start, block.stop),
                 query[:, :, part],
                 self._scale[layer],
                 block.counts,
                 block.first,
+                bool(block.due),
             )
             outputs.append(out)
             for i, count in enumerate(block.counts):
@@ -361,7 +370,7 @@ class PrunedCache(Cache):
                     self.usage.read(count, seen[i], page.used[i])
                 page.used[i] += count
                 seen[i] += count
-            self._evict(layer, block.due, seen)
+            self._evict(layer, block.due, seen, weights)
         joined = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
         return joined if schedule.back is None else take(joined, schedule.back)
 
@@ -418,7 +427,9 @@ class PrunedCache(Cache):
                 self.usage.read(1, self.seen[i], page.used[i])
             page.used[i] += len(real)
 
-    def _evict(self, layer: int, due: Sequence[int], seen: Sequence[int]) -> None:
+    def _evict(
+        self, layer: int, due: Sequence[int], seen: Sequence[int], weights: Tensor | None = None
+    ) -> None:
         """Hold the step of those sequences of a layer that have reached one."""
         rows, page = self.policy.rows, self.page(layer)
         assert page is not None
@@ -432,9 +443,9 @@ class PrunedCache(Cache):
             self.usage.capped += sum(page.used[i] > rows.room for i in members)
         stay = [rows.after(layer, i, seen[i]) for i in members]
         record = None if self.expires is None else self.expires[layer]
-        read = [seen[i] for i in members]
+        read, scale = [seen[i] for i in members], self._scale[layer]
         with span("policy"):
-            evict(page, self.policy, layer, members, read, stay, self._scale[layer], record)
+            evict(page, self.policy, layer, members, read, stay, scale, record, weights)
         if rows.prompted and all(n >= rows.prompt(i) for i, n in enumerate(seen)):
             limits = [rows.limit(layer, i) or page.slots for i in range(len(seen))]
             page.resize(max(limits), max(rows.interval(layer, i) for i in range(len(seen))))

@@ -21,6 +21,7 @@ def evict(
     stay: Sequence[int],
     scale: float,
     expires: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     """Ask the policy about some sequences of a layer, and let rows go.
 
@@ -29,6 +30,7 @@ def evict(
         scale: of the attention's logits.
         expires: optional (b, total) int64, indexed by position: entry j is set to the position of
             the first query that does not see token j any more.
+        weights: of the waiting queries of all sequences, where the attention has them already.
     """
     used = [page.used[i] for i in members]
     settled = [page.settled[i] for i in members]
@@ -48,7 +50,7 @@ def evict(
     else:
         position, first, rows = _settle_each(held, policy, settled, used, ages, stay)
     query, features = page.waits(index, count)
-    queries = Queries(position, first, features, rows, members, held, query, scale)
+    queries = Queries(position, first, features, rows, members, held, query, scale, weights)
     score = policy.score(layer, held, queries)
     if most:
         if isinstance(rows, Tensor):

@@ -17,6 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ctxprune.pruner.engine.weights import causal, causal_each, softmax_weights
+
 # Slots are added by this share at a time where the rows have no limit.
 GROWTH = 1 / 8
 
@@ -226,6 +228,7 @@ class Queries:
         features: (s, q, width) of the policy, or None.
         stay: rows that are going to stay: a number, or (s, 1) int64.
         members: the sequences of the batch that these are.
+        query: (s, h, q, d), rotated. scale: of the logits. known: `_weights`, if computed already.
     """
 
     position: Tensor
@@ -236,6 +239,7 @@ class Queries:
     held: Held
     query: Tensor | None
     scale: float
+    known: Tensor | None = None
 
     @property
     def newest(self) -> Tensor:
@@ -265,31 +269,21 @@ class Queries:
             first=self.first + query,
             features=None if features is None else features[:, one],
             query=None if self.query is None else self.query[:, :, one],
+            known=None,
         )
 
     def _weights(self) -> Tensor:
         """(s, h_kv, groups * q, r): softmax(Q K^T scale), of the queries as they stand."""
+        if self.known is not None:
+            return self.known
         assert self.query is not None, "a policy that asks for weights has `watches = True`"
-        key, count = self.held.key, self.position.shape[1]
-        batch, key_heads, rows, width = key.shape
-        groups = self.query.shape[1] // key_heads
-        mask = self.query.new_full((groups, count, rows), -torch.inf)
+        query, key = self.query, self.held.key
         if isinstance(self.first, int):
-            # Added to each head alike, so that one product of matrices does it all.
-            mask = mask.triu_(self.first + 1).view(1, groups * count, rows)
-        else:
-            own = self.first + torch.arange(count, device=key.device)
-            seen = torch.arange(rows, device=key.device) <= own[..., None]
-            mask = mask.expand(batch, -1, -1, -1).masked_fill(seen[:, None], 0.0)
-            mask = mask.reshape(batch, -1, rows).repeat_interleave(key_heads, dim=0)
-        query = self.query.reshape(batch * key_heads, groups * count, width)
-        logits = torch.baddbmm(mask, query, key.flatten(0, 1).transpose(1, 2), alpha=self.scale)
-        wide = torch.promote_types(key.dtype, torch.float32)
-        weights = logits.softmax(dim=-1, dtype=wide).view(batch, key_heads, -1, rows)
-        if isinstance(self.first, Tensor):
-            absent = (self.position < 0).repeat(1, groups)
-            weights.masked_fill_(absent[:, None, :, None], 0.0)
-        return weights
+            return softmax_weights(query, key, causal(query, key, self.first), self.scale)
+        mask = causal_each(query, key, self.first)
+        absent = (self.position < 0).repeat(1, query.shape[1] // key.shape[1])
+        weights = softmax_weights(query, key, mask, self.scale)
+        return weights.masked_fill_(absent[:, None, :, None], 0.0)
 
     def put(self, name: str, values: Tensor) -> None:
         """Set a column of their own rows to values (s, q) or (s, q, width)."""
