@@ -1,6 +1,6 @@
 """Gates, policies, the evicting cache and the objective: what ctxprune exists for.
 
-`load(folder)` gives a transformers model that prunes its own context; see docs/architecture.md.
+`load(folder)` gives a transformers model that prunes its own context; see docs/how/architecture.md.
 """
 
 from __future__ import annotations

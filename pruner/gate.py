@@ -3,7 +3,7 @@
 Axes: b batch, q queries, r rows (tokens that may be dropped), n tokens, h heads, d head_dim.
 Scores are `(b, q, r)`: entry [k, j] is what query k thinks of token j; above 0 keeps it. A token
 once dropped stays dropped. Equations: "Dynamic Context Pruning", arXiv 2305.15805, section 3;
-docs/method.md says where we depart from them.
+docs/how/method.md says where we depart from them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def log_survival(margins: Tensor, alpha: float = 1.0) -> Tensor:
 
     It stands for the paper's product over queries of p[i, j]: with hard decisions both are the
     sign of the margin, but a product of many probabilities just below 1 forgets what every one of
-    its factors keeps (docs/method.md, departure 3).
+    its factors keeps (docs/how/method.md, departure 3).
     """
     if alpha < 1.0 + 1e-4:
         return F.logsigmoid(margins)

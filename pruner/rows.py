@@ -2,9 +2,9 @@
 
 The sparsity of a text of n tokens is the share of its pairs j < k whose token j is gone when query
 k looks. A layer meets it with the same number of rows at every length, since the first rows of a
-cache are worth most; where rows are few they grow along the text (docs/method.md). Rows leave at eviction
-steps alone, after every so many tokens of a sequence, and grow by one a token in between; the share
-is met with that counted in. All of this is arithmetic of the host: no tensor is asked.
+cache are worth most; where rows are few they grow along the text (docs/how/method.md). Rows leave
+at eviction steps alone, after every so many tokens of a sequence, and grow by one a token in
+between; the share is met with that counted in. It is arithmetic of the host: no tensor is asked.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def family_of(config: PretrainedConfig) -> Family:
         listed = ", ".join(f"`{name}`" for name in names())
         raise CtxpruneError(
             f"model type `{config.model_type}` is not supported",
-            f"supported families are {listed}; docs/architecture.md tells how to add one",
+            f"supported families are {listed}; docs/how/architecture.md tells how to add one",
         )
     module = importlib.import_module(f"{__name__}.{config.model_type}")
     family: Family = module.FAMILY

@@ -29,7 +29,7 @@ class SnapKVPolicy(Policy):
         self.rows = request.even_rows(least=2)
 
     def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
-        """(s, r): the rank of the pooled votes; the observers, or half of fewer rows, are protected."""
+        """(s, r): ranks of the pooled votes; observers, or half of fewer rows, are protected."""
         order = held.position.argsort(dim=1)
         votes = queries.received.gather(1, order)
         # Free slots come first and have no votes to give.
