@@ -140,6 +140,22 @@ def test_every_level_is_measured(tiny_folder: Callable[[str], Path], config: Eva
     json.dumps(result)
 
 
+def test_batches_are_the_default_and_change_no_figure(
+    embedded_folder: Path, own: EvalConfig
+) -> None:
+    config = dataclasses.replace(own, tokens=10 * CONTEXT, limit=5, dtype="float64")
+    assert config.batch_size == 8
+    several = evaluate(embedded_folder, config)["levels"]
+    alone = evaluate(embedded_folder, dataclasses.replace(config, batch_size=1))["levels"]
+    for one, other in zip(alone, several, strict=True):
+        for figures, same in (
+            (one, other),
+            (one["tasks"]["last_word"], other["tasks"]["last_word"]),
+        ):
+            numbers = {k: v for k, v in figures.items() if isinstance(v, (int, float))}
+            assert {k: same[k] for k in numbers} == pytest.approx(numbers, rel=1e-9)
+
+
 def test_finished_measurements_are_not_repeated(
     tiny_folder: Callable[[str], Path],
     config: EvalConfig,

@@ -93,12 +93,22 @@ def test_whoever_watches_changes_nothing(
     ids, pieces = (of[:tokens] for of in read)
     found = trace(model, ids, pieces, policy, SPARSITY)
     handle = handle_of(model)
+    watched = handle.last_cache
     handle.use(policy, SPARSITY, context=tokens, max_rows=0)
     cache = handle.cache(record=True)
     model(torch.tensor([ids]), past_key_values=cache)
     assert isinstance(cache, PrunedCache) and cache.expires is not None
     assert torch.equal(found.expires, torch.cat(cache.expires).clamp_max(tokens))
     assert bool((found.expires < tokens).any())
+    if tokens == 128:  # a whole number of intervals: both end with the same step
+        assert watched is not None
+        for one, other in zip(watched.pages, cache.pages, strict=True):
+            rows = slice(0, other.used[0])
+            assert one.used == one.settled == other.used == other.settled
+            assert torch.equal(one.position[:, rows], other.position[:, rows])
+            torch.testing.assert_close(one.numbers[:, rows], other.numbers[:, rows])
+            for name, vector in other.vectors.items():
+                assert torch.equal(one.vectors[name][:, rows], vector[:, rows])
     handle.use(sparsity=0.0)
 
 
