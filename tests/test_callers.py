@@ -383,7 +383,9 @@ def test_a_cache_carried_over_turns(family: str, sparsity: float, kind: str) -> 
     model, text = model_at(sparsity, family), random_ids(length=30)
     past = caches(model).get(kind)
     for turn in range(3):
-        options = {} if past is None else {"past_key_values": past}
+        # Without a mask `generate` takes a written token 0, our padding, for padding.
+        options = {"attention_mask": torch.ones_like(text)}
+        options |= {} if past is None else {"past_key_values": past}
         out = model.generate(text, max_new_tokens=12, return_dict_in_generate=True, **options)
         assert is_greedy(out.sequences, reference(sparsity, family), text, 12)
         past = out.past_key_values
@@ -680,6 +682,7 @@ def test_gates_stay_wide_where_a_model_is_cast(family: str, dtype: torch.dtype) 
     model.to(dtype)
     assert {p.dtype for p in model.ctxprune.gates.parameters()} == {torch.float32}
     assert model.lm_head.weight.dtype == dtype
-    out = read(model, ids, DynamicCache()).float()
-    torch.testing.assert_close(out, logits_of(model, ids).float(), rtol=0.1, atol=0.5)
+    # A rounded score may let another row go, which moves single logits.
+    difference = read(model, ids, DynamicCache()).float() - logits_of(model, ids).float()
+    assert float(difference.abs().mean()) < 0.1
     assert held(model) > 0.5
