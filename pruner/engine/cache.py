@@ -329,14 +329,16 @@ class PrunedCache(Cache):
         if even and not self._static:
             self._places = None
             return
-        if self._static:
-            self._count = self._count.to(pages[0].key.device).fill_(self.columns)
-            self.length = self._count
         places = torch.tensor([[self._slots(page), self._waits(page)] for page in pages])
-        if self._places is None or self._places.shape != places.shape:
-            self._places = torch.empty_like(places, device=pages[0].key.device)
-        # In place: a captured graph reads this very memory.
-        self._places.copy_(places)
+        known, device = self._places, pages[0].key.device
+        if not self._static or known is None or known.shape != places.shape:
+            self._places = places.to(device)
+        else:
+            # In place: a captured graph reads this very memory.
+            known.copy_(places)
+        if self._static:
+            self._count = self._count.to(device).fill_(self.columns)
+            self.length = self._count
 
     def _slots(self, page: Page) -> list[int]:
         pairs = zip(page.used, self._real, strict=True)
