@@ -165,10 +165,14 @@ class Gate(nn.Module):
         They are computed in the gate's own dtype and rounded to that of the hidden states, in
         which a row's key is kept; training rounds alike, so that it sees the same decisions.
         """
+        query, key = self.features(hidden).chunk(2, dim=-1)
+        return query, key
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """Interaction query and key side by side, (b, n, 2 r), by one product of matrices."""
+        weight = torch.cat([self.query.weight, self.key.weight])
         with no_autocast(hidden.device):
-            wide = hidden.to(self.query.weight.dtype)
-            query, key = F.linear(wide, self.query.weight), F.linear(wide, self.key.weight)
-            return query.to(hidden.dtype), key.to(hidden.dtype)
+            return F.linear(hidden.to(weight.dtype), weight).to(hidden.dtype)
 
     def scores(
         self,

@@ -39,7 +39,7 @@ class GatePolicy(Policy):
 
     def annotate(self, layer: int, hidden: Tensor) -> Tensor:
         """Interaction query and key, side by side: (b, n, 2 rank)."""
-        return torch.cat(self.gates[layer].interact(hidden), dim=-1)
+        return self.gates[layer].features(hidden)
 
     def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
         """(s, r): margin and bonus, +inf for attention sinks."""
