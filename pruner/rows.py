@@ -19,8 +19,8 @@ import torch
 
 from ctxprune.pruner.config import PERIOD, PruneConfig
 
-# The longest eviction interval, in tokens; a step recomputes the attention of as many queries.
-LONGEST = 32
+# The longest eviction interval, in tokens.
+LONGEST = 128
 # Rows a layer at which a text is halfway between one of few rows and one of many.
 FEW = 8
 # Queries of a prompt that are judged together while it is read whole; the last ones observe it.
@@ -85,6 +85,15 @@ def fewness(rows: float) -> float:
     return 1.0 / (1.0 + (rows / FEW) ** 2)
 
 
+def interval_for(rows: float) -> int:
+    """Tokens between two eviction steps of a layer that holds so many rows on the mean.
+
+    New tokens stay until the next step, wanted or not: they are half of the rows at most, as far as
+    32, and beyond that an eighth of them, in multiples of `PERIOD`.
+    """
+    return max(_power_of_two(rows / 2, 32), min(int(rows / 8) // PERIOD * PERIOD, LONGEST))
+
+
 def cap_interval(max_rows: int) -> int:
     """Tokens between two eviction steps under a cap on rows, which leaves as many below it free.
 
@@ -141,7 +150,7 @@ class Rows:
         return any(self._prompts)
 
     def interval(self, layer: int, sequence: int) -> int:
-        """Tokens between two eviction steps of a layer, a power of two."""
+        """Tokens between two eviction steps of a layer."""
         own = self._plan(sequence).intervals[layer]
         return min(own, self._free) if self._free else own
 
@@ -205,8 +214,7 @@ def plan(
     held = torch.tensor(shares, dtype=torch.float64)
     window = window_of(sparsity, context)
     own = window * held / held.mean()
-    # New tokens stay until the next step, wanted or not: half of a layer's rows at most.
-    intervals = tuple(_power_of_two(rows / 2, longest) for rows in own.tolist())
+    intervals = tuple(min(interval_for(rows), longest) for rows in own.tolist())
     steps = [torch.arange(0, context + 1, interval) for interval in intervals]
     counts = [len(of_layer) for of_layer in steps]
     layer = torch.arange(len(shares)).repeat_interleave(torch.tensor(counts))
