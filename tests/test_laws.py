@@ -1,5 +1,5 @@
 """The invariants: every policy, every family, fp32 and fp64, rows leaving while a prompt is read or
-after it (docs/architecture.md lists them).
+after it (docs/how/architecture.md lists them).
 """
 
 from __future__ import annotations
@@ -458,9 +458,7 @@ def spoil(page: Page, masked: bool) -> None:
 @every_policy
 @every_protocol
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_a_ragged_batch_is_each_text_alone(
-    family: str, policy: str, evict: str, side: str
-) -> None:
+def test_a_ragged_batch_is_each_text_alone(family: str, policy: str, evict: str, side: str) -> None:
     """Each text has its own length to come and its own prompt; read at once, in parts, in steps."""
     model, handle = pruning_model(family)
     lengths, prompts = (LENGTH, 131, 40), (PROMPT, 70, 30)
@@ -633,9 +631,7 @@ class Reads(TorchDispatchMode):
 
             patch.setattr(Tensor, name, watched)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note operations whose result's shape or value the host has to know."""
         if any(name in str(func) for name in ("_local_scalar_dense", "nonzero", "masked_select")):
             self.seen.append(str(func))

@@ -13,6 +13,7 @@ from ctxprune.pruner.rows import (
     Rows,
     cap_interval,
     ceiling,
+    interval_for,
     layer_windows,
     plan,
     sparsity_of,
@@ -106,15 +107,14 @@ def test_rows_that_are_never_refused() -> None:
     assert min(rows.after(layer, 0, seen) for layer in (0, 1) for seen in range(8, 200)) == 7
 
 
-def test_an_interval_is_a_power_of_two_of_half_of_the_rows_at_most() -> None:
-    for sparsity in (0.5, 0.8, 0.9):
-        for context in (100, 1000, 10_000):
-            made = plan(sparsity, context, (0.5, 1.0, 1.5), 1)
-            window = window_of(sparsity, context)
-            for share, interval in zip((0.5, 1.0, 1.5), made.intervals, strict=True):
-                assert interval & (interval - 1) == 0 and 1 <= interval <= 64
-                assert interval == 1 or interval <= min(window / 4, share * window / 2)
-    assert max(plan(0.5, 10_000, (1.0,), 1, longest=8).intervals) == 8
+def test_an_interval_is_half_of_few_rows_and_an_eighth_of_many() -> None:
+    rows = (0.5, 1, 3, 4, 9, 31, 47, 48, 100, 255, 384, 400, 1023, 1024, 9000)
+    intervals = [interval_for(number) for number in rows]
+    assert intervals == [1, 1, 1, 2, 4, 8, 16, 32, 32, 32, 48, 48, 112, 128, 128]
+    made = plan(0.5, 4000, (0.1, 1.0), 1)
+    windows = [2 * window_of(0.5, 4000) * share / 1.1 for share in (0.1, 1.0)]
+    assert list(made.intervals) == [interval_for(window) for window in windows]
+    assert plan(0.5, 4000, (0.1, 1.0), 1, longest=8).intervals == (8, 8)
 
 
 def steps_by_hand(rows: Rows, layer: int, sequence: int, total: int) -> list[int]:
@@ -179,9 +179,7 @@ def test_a_window_drops_the_share_asked_for(sparsity: float, context: int) -> No
 @pytest.mark.parametrize(("first", "recent"), [(0, 1), (2, 3), (4, 1), (1, 16)])
 def test_the_ceiling_is_what_protected_tokens_leave(first: int, recent: int) -> None:
     config = PruneConfig(protect_first=first, protect_recent=recent)
-    dropped = sum(
-        1 for k in range(60) for j in range(k) if j >= first and k - j >= max(recent, 1)
-    )
+    dropped = sum(1 for k in range(60) for j in range(k) if j >= first and k - j >= max(recent, 1))
     assert ceiling(config, 60) == pytest.approx(dropped / (60 * 59 / 2))
 
 

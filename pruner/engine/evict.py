@@ -41,6 +41,7 @@ def evict(
     index = None
     if len(members) < len(page.used):
         index = torch.tensor(members, device=page.key.device)
+        weights = None if weights is None else weights.index_select(0, index)
     held = page.held(index, max(used))
     position: Tensor
     first: int | Tensor
@@ -103,8 +104,9 @@ def _note(
     place = torch.arange(order.shape[1], device=order.device)
     position = held.position.gather(1, order)
     which, at = ((place < order.shape[1] - stay) & (position >= 0)).nonzero(as_tuple=True)
-    sequence, now = torch.tensor([members, seen], device=order.device)[:, which]
-    expires[sequence, position[which, at]] = now
+    which, gone = which.to(expires.device), position[which, at].to(expires.device)
+    sequence, now = torch.tensor([members, seen], device=expires.device)[:, which]
+    expires[sequence, gone] = now
 
 
 def _settle(

@@ -165,7 +165,7 @@ class Page:
         for name, (tensor, axis) in self._tensors().items():
             waits = name in ("query", "features")
             size = slots if not waits else waiting
-            if size is not None:
+            if size not in (None, tensor.shape[axis] - 1):
                 self._set(name, _resized(tensor, axis, size + 1))
 
     def reorder(self, index: Tensor) -> None:

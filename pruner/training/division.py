@@ -64,13 +64,22 @@ def divide(
         on_phase=on_phase,
     )
     running, asked = (dict(zip(divided, part, strict=True)) for part in found.T.tolist())
-    best = {}
-    for level in shares:
-        least = min(running[level, power] for power in POWERS)
-        most = least + CONCESSION * abs(least)
-        allowed = [power for power in POWERS if running[level, power] <= most]
-        best[level] = min(allowed, key=lambda power: asked[level, power])
+    best = {
+        level: pick(*({power: part[level, power] for power in POWERS} for part in (running, asked)))
+        for level in shares
+    }
     return {level: divided[level, power] for level, power in best.items()}
+
+
+def pick(running: Mapping[float, float], asked: Mapping[float, float]) -> float:
+    """The power with the least divergence on what is asked for, of those that may be taken.
+
+    Those diverge on running text by at most `CONCESSION` of the least more than the least.
+    """
+    least = min(running.values())
+    most = least + CONCESSION * abs(least)
+    allowed = [power for power, divergence in running.items() if divergence <= most]
+    return min(allowed, key=lambda power: asked[power])
 
 
 def recalled(windows: Tensor) -> Tensor:
