@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, tiny_model
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
@@ -669,8 +670,12 @@ def test_a_compiled_step_is_the_eager_step(family: str, ragged: bool) -> None:
     steps = (40, *range(41, 80))
     eager, compiled = recording(handle), recording(handle)
     expected = in_parts(model, ids, eager, steps, mask)
+    torch.compiler.reset()
+    counters.clear()
     with handle.compiled():
         found = in_parts(model, ids, compiled, steps, mask)
+    # Compiled once; many times would end in running it as it is.
+    assert counters["stats"]["unique_graphs"] == 1
     real = mask == 1
     torch.testing.assert_close(found[real], expected[real], atol=2e-4, rtol=0)
     for ours, theirs in zip(expires_of(compiled), expires_of(eager), strict=True):

@@ -81,6 +81,9 @@ class Entry:
         if isinstance(mode, Evict):
             _check_training(decoder)
             cache = kwargs[self.past] = _begin(handle, mode, past, kwargs)
+            if cache.length is not None and kwargs.get("position_ids") is not None:
+                # The pages know what may be seen, and a compiled step guards on a mask's length.
+                kwargs["attention_mask"] = None
         turn = Turn(mode, handle.gate_list, cache, scored=past is None)
         return (), {**kwargs, "turn": turn}
 
