@@ -88,10 +88,11 @@ def fewness(rows: float) -> float:
 def interval_for(rows: float) -> int:
     """Tokens between two eviction steps of a layer that holds so many rows on the mean.
 
-    New tokens stay until the next step, wanted or not: they are half of the rows at most, as far as
-    32, and beyond that an eighth of them, in multiples of `PERIOD`.
+    New tokens stay until the next step, wanted or not: they are half of the rows at most (of few
+    rows less), as far as 32, and beyond that an eighth of them, in multiples of `PERIOD`.
     """
-    return max(_power_of_two(rows / 2, 32), min(int(rows / 8) // PERIOD * PERIOD, LONGEST))
+    short = _power_of_two(min(rows / 2, rows * rows / 32), 32)
+    return max(short, min(int(rows / 8) // PERIOD * PERIOD, LONGEST))
 
 
 def cap_interval(max_rows: int) -> int:
