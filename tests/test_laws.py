@@ -70,9 +70,11 @@ def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
 
 def distinct_ids(batch: int, length: int) -> Tensor:
     """(batch, length) ids, each once: rotated keys of the same token are equally long, so rounding
-    would tell which one of them leaves.
+    would choose between them.
     """
-    return torch.stack([torch.randperm(VOCABULARY - 1)[:length] + 1 for _ in range(batch)])
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randperm(VOCABULARY - 1, generator=generator) for _ in range(batch)]
+    return torch.stack(drawn)[:, :length] + 1
 
 
 def padded(mask: Tensor, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
@@ -185,9 +187,7 @@ def test_one_pass_is_token_by_token_is_any_block(
 ) -> None:
     model, handle = pruning_model(family, dtype)
     handle.use(policy, 0.7, context=LENGTH, evict=evict, prompt=PROMPT)
-    # No token twice: its keys would be equally long, and rounding would choose between them.
-    torch.manual_seed(0)
-    ids = torch.stack([1 + torch.randperm(VOCABULARY - 1)[:LENGTH] for _ in range(2)])
+    ids = distinct_ids(2, LENGTH)
     with handle.measure() as usage:
         whole = logits_of(model, ids)
     assert 0.3 < usage.sparsity < 0.95
