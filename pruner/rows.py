@@ -91,7 +91,7 @@ def interval_for(rows: float) -> int:
     New tokens stay until the next step, wanted or not: they are half of the rows at most (of few
     rows less), as far as 32, and beyond that an eighth of them, in multiples of `PERIOD`.
     """
-    short = _power_of_two(min(rows / 2, rows * rows / 32), 32)
+    short = _power_of_two(min(rows / 2, rows * rows / 16), 32)
     return max(short, min(int(rows / 8) // PERIOD * PERIOD, LONGEST))
 
 

@@ -110,7 +110,7 @@ def test_rows_that_are_never_refused() -> None:
 def test_an_interval_is_half_of_the_rows_or_an_eighth_of_many() -> None:
     rows = (0.5, 1, 3, 4, 8, 12, 16, 31, 63, 64, 255, 384, 400, 1023, 1024, 9000)
     intervals = [interval_for(number) for number in rows]
-    assert intervals == [1, 1, 1, 1, 2, 8, 16, 16, 32, 32, 48, 48, 112, 128, 128]
+    assert intervals == [1, 1, 1, 1, 4, 4, 8, 8, 16, 32, 32, 48, 48, 112, 128, 128]
     made = plan(0.5, 4000, (0.1, 1.0), 1)
     windows = [2 * window_of(0.5, 4000) * share / 1.1 for share in (0.1, 1.0)]
     assert list(made.intervals) == [interval_for(window) for window in windows]
