@@ -508,6 +508,30 @@ def test_a_ragged_batch_is_each_text_alone(family: str, policy: str, evict: str,
 @matrix
 @every_policy
 @every_protocol
+def test_texts_of_unequal_length_to_come_are_each_alone(
+    family: str, policy: str, evict: str
+) -> None:
+    """Read in step without padding, but some reach their eviction steps where others do not."""
+    model, handle = pruning_model(family)
+    contexts, prompts = (400, 60, 130), (70, 90, 50)
+    ids = random_ids(3, 110)
+    handle.use(policy, 0.7, context=contexts, evict=evict, prompt=prompts)
+    cache = recording(handle)
+    together = logits_of(model, ids)
+    parts = in_parts(model, ids, cache, (80, *range(81, 100)))
+    for b, (context, prompt) in enumerate(zip(contexts, prompts, strict=True)):
+        handle.use(policy, 0.7, context=context, evict=evict, prompt=prompt)
+        one = recording(handle)
+        alone = logits_of(model, ids[b : b + 1], past_key_values=one)[0]
+        torch.testing.assert_close(together[b], alone, atol=1e-10, rtol=0)
+        torch.testing.assert_close(parts[b], alone, atol=1e-10, rtol=0)
+        for ours, theirs in zip(expires_of(cache), expires_of(one), strict=True):
+            assert torch.equal(ours[b], theirs[0])
+
+
+@matrix
+@every_policy
+@every_protocol
 def test_generating_is_scoring(family: str, policy: str, evict: str) -> None:
     model, handle = pruning_model(family)
     handle.use(policy, 0.7, context=(170, 150), evict=evict, prompt=(50, 30))

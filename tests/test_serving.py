@@ -29,10 +29,9 @@ from ctxprune.pruner.checkpoints.convert import convert
 from ctxprune.pruner.config import GenerateConfig
 from ctxprune.pruner.data import read_texts, windows
 from ctxprune.pruner.engine.handle import Handle
-from ctxprune.pruner.engine.page import Page
+from ctxprune.pruner.engine.page import Held, Page
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.generation import generate
-from ctxprune.pruner.rows import cap_interval
 
 matrix = pytest.mark.parametrize("family", FAMILIES)
 every_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -49,13 +48,14 @@ def greedy(model: Any, prompt: torch.Tensor, count: int, **options: Any) -> torc
 
 
 class Watched:
-    """The pages that are written to: how many slots they have, and how often they are."""
+    """Pages: how many slots they have, how often they are written to, and rows that a step sees."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.slots: set[int] = set()
         self.nbytes: dict[Page, int] = {}
         self.writes = 0
-        write = Page.write
+        self.rows = 0
+        write, front = Page.write, Held.front
 
         def watched(page: Page, *args: Any) -> None:
             write(page, *args)
@@ -64,7 +64,13 @@ class Watched:
             assert self.nbytes.setdefault(page, page.nbytes) == page.nbytes
             self.writes += 1
 
+        def seen(held: Held, stop: int) -> Held:
+            visible = front(held, stop)
+            self.rows = max(self.rows, int((visible.position >= 0).sum(dim=1).max()))
+            return visible
+
         patch.setattr(Page, "write", watched)
+        patch.setattr(Held, "front", seen)
 
 
 @matrix
@@ -80,7 +86,7 @@ def test_the_cap_holds_at_every_moment(
     watched = Watched(monkeypatch)
     with handle.measure() as usage:
         out = greedy(model, prompts, 100, attention_mask=mask[:, :150])
-    assert max(watched.slots) == 48
+    assert max(watched.slots) == 48 >= watched.rows
     assert 0.4 < usage.capped_share <= 1.0
     assert handle.last_cache is not None
     for page in handle.last_cache.pages:
@@ -96,9 +102,9 @@ def test_the_cap_holds_over_16k_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch)
     out = greedy(model, random_ids(1, 14_336), 2048)
     assert out.shape[1] == 16_384
-    # One block of 4 at a time in the prompt, then one token at a time, in each of three layers.
-    assert watched.writes == 3 * (14_336 // cap_interval(64) + 2047)
-    assert max(watched.slots) == 64
+    # One token at a time after the prompt, in each of three layers.
+    assert watched.writes == 3 * 2047
+    assert max(watched.slots) == watched.rows == 64
     assert handle.last_cache is not None
     assert handle.last_cache.nbytes < 0.02 * handle.last_cache.dense_nbytes
 
@@ -146,13 +152,13 @@ def test_a_conversation_goes_on_with_the_same_cache(family: str, policy: str, ev
 def test_turns_of_unequal_texts_go_on_too(family: str, policy: str, evict: str) -> None:
     """Each turn of a batch is padded on the left, as a tokenizer pads it."""
     model, handle = pruning_model(family)
-    turns = ((50, 29), (20, 60), (1, 15))
+    turns = ((50, 29, 44), (20, 60, 26), (1, 15, 1))
     mask = torch.cat([mask_of(turn, max(turn)) for turn in turns], dim=1)
     total = [sum(lengths) for lengths in zip(*turns, strict=True)]
     handle.use(policy, 0.7, context=total, evict=evict, prompt=turns[0])
-    ids = random_ids(2, mask.shape[1])
+    ids = random_ids(3, mask.shape[1])
     parts = in_parts(model, ids, recording(handle), (50, 110), mask)
-    for b in range(2):
+    for b in range(3):
         handle.use(policy, 0.7, context=total[b], evict=evict, prompt=turns[0][b])
         own = mask[b] == 1
         alone = logits_of(model, ids[b : b + 1, own])[0]

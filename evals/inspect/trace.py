@@ -211,11 +211,16 @@ class _Watched(Policy):
         """As the policy does."""
         return self._policy.annotate(layer, hidden)
 
+    def remember(self, layer: int, held: Held, queries: Queries) -> None:
+        """As the policy does."""
+        self._policy.remember(layer, held, queries)
+
     def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
         """As the policy does; notes attention, and who lowered margins."""
         seeing = (queries.position[0, :, None] >= held.position[0]).sum(dim=0)
         mean = queries.weights[0].sum(dim=0) / seeing
-        self.attention[layer, held.position[0].cpu()] = mean.float().cpu()
+        rows = held.position[0] >= 0
+        self.attention[layer, held.position[0, rows].cpu()] = mean[rows].float().cpu()
         if "margin" in held.columns:
             self._judge(layer, held, queries)
         return self._policy.score(layer, held, queries)
@@ -225,9 +230,9 @@ class _Watched(Policy):
         columns = {name: column.clone() for name, column in held.columns.items()}
         before = columns["margin"]
         for query in range(queries.position.shape[1]):
-            self._policy.score(layer, held, queries.part(query))
+            self._policy.score(layer, held, queries.part(query, query + 1))
             after = held.columns["margin"].clone()
-            lowered = held.position[0, (after < before)[0]]
+            lowered = held.position[0, ((after < before) & (held.position >= 0))[0]]
             self.dropper[layer, lowered.cpu()] = int(queries.position[0, query])
             before = after
         for name, column in columns.items():

@@ -1,6 +1,7 @@
-"""The evicting attention: write new rows, attend to what is held; no policy is asked in between.
+"""The evicting attention of one new token: write its row, attend to what is held.
 
-Its twin for training is `soft.soft_attend`. Rows leave at eviction steps alone (`evict.py`).
+No policy is asked: rows leave at eviction steps alone (`evict.py`). Many tokens at once are read in
+blocks (`read.py`); the twin of both for training is `soft.soft_attend`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from torch.autograd import profiler
 from torch.nn import functional as F
 
 from ctxprune.pruner.engine.page import New, Page
-from ctxprune.pruner.engine.weights import causal, softmax_weights
 
 
 def span(name: str) -> AbstractContextManager[object]:
@@ -26,7 +26,8 @@ def span(name: str) -> AbstractContextManager[object]:
 def step(page: Page, new: New, query: Tensor, scale: float) -> Tensor:
     """Attend with one new token a sequence, where all sequences hold equally many rows.
 
-    Shapes as in `read_block`. The host knows the count, so only slots in use are read.
+    query: (b, h, 1, d); returns the same shape. The host knows the count, so only slots in use are
+    read.
     """
     count = page.used[0]
     with span("eviction"):
@@ -54,64 +55,12 @@ def static_step(
         return grouped_sdpa(query, key, value, visible, scale)
 
 
-def read_block(
-    page: Page,
-    new: New,
-    query: Tensor,
-    scale: float,
-    counts: list[int],
-    first: list[int],
-    judged: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Attend with a block of new tokens, each to the rows held and to those before it in the block.
-
-    Args:
-        new: the tokens; query: (b, h, n, d). counts: tokens of each sequence in the block.
-        first: column of each sequence's first one; they are consecutive.
-        judged: an eviction step comes after the block.
-
-    Returns:
-        (b, h, n, d), finite where a sequence has no token; and the weights of all waiting queries
-        (b, h_kv, groups * n, r), if the step asks for them and they are these.
-    """
-    length = query.shape[2]
-    page.grow(max(used + count for used, count in zip(page.used, counts, strict=True)))
-    if set(counts) == {length} and len(set(page.used)) == len(set(page.settled)) == 1:
-        used = page.used[0]
-        with span("eviction"):
-            page.write(new, used, used - page.settled[0])
-        with span("attention"):
-            stop = used + length
-            key, value = page.key[:, :, :stop], page.value[:, :, :stop]
-            if page.query is None or not judged or used > page.settled[0]:
-                mask = None if length == 1 else causal(query, key, used)[:, None]
-                return grouped_sdpa(query, key, value, mask, scale), None
-            weights = softmax_weights(query, key, causal(query, key, used), scale)
-            return (weights.to(value.dtype) @ value).view_as(query), weights
-    used, settled, count, start = torch.tensor(
-        [page.used, page.settled, counts, first], device=query.device
-    )[:, :, None]
-    rank = torch.arange(length, device=query.device) - start
-    real = (rank >= 0) & (rank < count)
-    slot = torch.where(real, used + rank, page.slots)
-    waiting = 0 if page.waiting is None else page.waiting
-    with span("eviction"):
-        page.write(new, slot, torch.where(real, used - settled + rank, waiting))
-    with span("attention"):
-        stop = max(u + c for u, c in zip(page.used, counts, strict=True))
-        # A query that is none sees the first slot rather than divide by zero.
-        limit = torch.where(real, slot, 0)
-        visible = torch.arange(max(stop, 1), device=query.device) <= limit[:, :, None]
-        key, value = page.key[:, :, : max(stop, 1)], page.value[:, :, : max(stop, 1)]
-        return grouped_sdpa(query, key, value, visible, scale), None
-
-
 def grouped_sdpa(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
     """Attention of (b, h, q, d) to (b, h_kv, r, d).
 
-    The mask is (b, q, r) bool, or (1, 1, groups * q, r) to be added, or None: all see all.
+    The mask is (b, q, r) bool, or (1 or b, 1, groups * q, r) to be added, or None: all see all.
 
     The query heads of a group are folded into the query axis, so keys and values are not repeated.
     """

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ctxprune.pruner.engine.attend import read_block, span, static_step, step
+from ctxprune.pruner.engine.attend import span, static_step, step
 from ctxprune.pruner.engine.evict import evict
 from ctxprune.pruner.engine.page import New, Page, take
+from ctxprune.pruner.engine.read import read_block, read_steps
 from ctxprune.pruner.engine.usage import Usage
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.policies import Policy
@@ -238,13 +239,16 @@ class PrunedCache(Cache):
 
     def finish(self) -> None:
         """End a forward pass: single tokens are counted, and the steps that are due are held."""
+        counts = [len(real) for real in self._real]
+        before = self.seen
+        self.seen = [n + count for n, count in zip(before, counts, strict=True)]
         if self._single:
-            for layer in range(len(self.layers)):
-                self._count_step(layer)
-        self.seen = [n + len(real) for n, real in zip(self.seen, self._real, strict=True)]
-        if self._single:
-            for layer in range(len(self.layers)):
-                self._evict(layer, [i for i, real in enumerate(self._real) if real], self.seen)
+            for layer, page in enumerate(self.pages):
+                _, page.used = self._note_read(counts, before, page.used)
+                self._evict(layer, [i for i, count in enumerate(counts) if count], self.seen)
+                rows = self.policy.rows
+                if rows is not None and any(n == rows.prompt(i) for i, n in enumerate(self.seen)):
+                    self._settle_room(layer, page, self.seen)
         self.columns += self._begun
         self.length = None
 
@@ -301,22 +305,37 @@ class PrunedCache(Cache):
 
     def _open(self, layer: int, new: New) -> Page:
         """The page of a layer, made for all that it will ever hold, as far as that is known."""
-        rows, batch = self.policy.rows, new.key.shape[0]
-        longest = max(map(len, self._real))
-        if rows is None:
-            page = Page(New(new.key, new.value, None, None), longest, 0, {})
+        if self.policy.rows is None:
+            page = Page(New(new.key, new.value, None, None), self._longest, 0, {})
         else:
-            limits = [rows.limit(layer, i) for i in range(batch)]
-            waiting = max(rows.interval(layer, i) for i in range(batch))
-            if rows.prompted:
-                limits += [rows.prompt(i) for i in range(batch)]
-                waiting = max(waiting, OBSERVERS)
-            slots = max(longest if limit is None else limit for limit in limits)
-            page = Page(new, slots, waiting, self.policy.columns)
+            page = Page(new, *self._room(layer, self.seen), self.policy.columns)
         of_layer = self.layers[layer]
         assert isinstance(of_layer, PageLayer)
         of_layer.page = page
         return page
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest sequence in the pass that runs."""
+        return max(map(len, self._real))
+
+    def _room(self, layer: int, seen: Sequence[int]) -> tuple[int, int]:
+        """Slots of a layer, and queries that may wait, once so many tokens are seen."""
+        rows, batch = self.policy.rows, range(len(seen))
+        assert rows is not None
+        limits = [rows.limit(layer, i) for i in batch]
+        waiting = max(rows.interval(layer, i) for i in batch)
+        if any(n < rows.prompt(i) for i, n in enumerate(seen)):
+            limits += [rows.prompt(i) for i in batch]
+            waiting = max(waiting, OBSERVERS)
+        return max(self._longest if limit is None else limit for limit in limits), waiting
+
+    def _settle_room(self, layer: int, page: Page, seen: Sequence[int]) -> None:
+        """Give back slots that served to read a prompt."""
+        rows = self.policy.rows
+        if rows is not None and rows.limit(layer, 0) is not None:
+            slots, waiting = self._room(layer, seen)
+            page.resize(max(slots, *page.used), waiting)
 
     def _prepare_step(self, static: bool) -> None:
         """Choose how single tokens are placed: by numbers of the host, or counts on the device."""
@@ -354,27 +373,49 @@ class PrunedCache(Cache):
         schedule = self._schedule(layer, query.device)
         if schedule.source is not None:
             new, query = new.taken(schedule.source), take(query, schedule.source)
-        seen, outputs = list(self.seen), []
-        for block in schedule.blocks:
-            part = slice(block.start, block.stop)
-            out, weights = read_block(
-                page,
-                new.part(block.start, block.stop),
-                query[:, :, part],
-                self._scale[layer],
-                block.counts,
-                block.first,
-                bool(block.due),
-            )
-            outputs.append(out)
-            for i, count in enumerate(block.counts):
-                if self.usage is not None:
-                    self.usage.read(count, seen[i], page.used[i])
-                page.used[i] += count
-                seen[i] += count
-            self._evict(layer, block.due, seen, weights)
+        seen, outputs, blocks = list(self.seen), [], schedule.blocks
+        scale, record = self._scale[layer], None if self.expires is None else self.expires[layer]
+        while blocks:
+            steps = self._together(layer, page, blocks, seen)
+            read, blocks = blocks[: len(steps) or 1], blocks[len(steps) or 1 :]
+            start, stop = read[0].start, read[-1].stop
+            part, asked = new.part(start, stop), query[:, :, start:stop]
+            if steps:
+                before, used = seen, page.used
+                for block, (_, stay) in zip(read, steps, strict=True):
+                    seen, used = self._note_read(block.counts, seen, used)
+                    self._note_capped(used)
+                    used = [stay] * len(used)
+                outputs.append(
+                    read_steps(page, self.policy, layer, part, asked, scale, steps, before, record)
+                )
+            else:
+                block = read[0]
+                outputs.append(read_block(page, part, asked, scale, block.counts, block.first))
+                seen, page.used = self._note_read(block.counts, seen, page.used)
+                self._evict(layer, block.due, seen)
+        if self.policy.rows is not None and self.policy.rows.prompted:
+            self._settle_room(layer, page, seen)
         joined = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
         return joined if schedule.back is None else take(joined, schedule.back)
+
+    def _together(
+        self, layer: int, page: Page, blocks: Sequence[Block], seen: Sequence[int]
+    ) -> list[tuple[int, int]]:
+        """The steps at the ends of the first blocks, as far as `read_steps` can read them."""
+        steps: list[tuple[int, int]] = []
+        rows, used, everyone = self.policy.rows, page.used[0], list(range(len(seen)))
+        if rows is None or not _alike(page.used) or page.used != page.settled:
+            return steps
+        for block in blocks:
+            tokens, length = block.stop - blocks[0].start, block.stop - block.start
+            whole = _alike([*block.counts, length]) and block.due == everyone
+            stay = {min(rows.after(layer, i, seen[i] + tokens), used + length) for i in everyone}
+            if tokens > self.block or not whole or len(stay) > 1:
+                break
+            used = stay.pop()
+            steps.append((tokens, used))
+        return steps
 
     def _schedule(self, layer: int, device: torch.device) -> Schedule:
         """The blocks of a layer; layers whose steps coincide share one."""
@@ -421,17 +462,24 @@ class PrunedCache(Cache):
             back[i, where] = torch.arange(len(where)) + lead[i]
         return Schedule(blocks, source.to(device), back.to(device))
 
-    def _count_step(self, layer: int) -> None:
-        page = self.page(layer)
-        assert page is not None
-        for i, real in enumerate(self._real):
-            if real and self.usage is not None:
-                self.usage.read(1, self.seen[i], page.used[i])
-            page.used[i] += len(real)
+    def _note_read(
+        self, counts: Sequence[int], seen: Sequence[int], used: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Note that each sequence reads so many tokens; returns tokens seen and rows afterwards."""
+        if self.usage is not None:
+            for count, n, rows in zip(counts, seen, used, strict=True):
+                self.usage.read(count, n, rows)
+        add = [list(map(sum, zip(counts, before, strict=True))) for before in (seen, used)]
+        return add[0], add[1]
 
-    def _evict(
-        self, layer: int, due: Sequence[int], seen: Sequence[int], weights: Tensor | None = None
-    ) -> None:
+    def _note_capped(self, used: Sequence[int]) -> None:
+        """Note that sequences with so many rows are at a step."""
+        rows = self.policy.rows
+        if self.usage is not None and rows is not None and rows.room is not None:
+            self.usage.steps += len(used)
+            self.usage.capped += sum(n > rows.room for n in used)
+
+    def _evict(self, layer: int, due: Sequence[int], seen: Sequence[int]) -> None:
         """Hold the step of those sequences of a layer that have reached one."""
         rows, page = self.policy.rows, self.page(layer)
         assert page is not None
@@ -440,17 +488,12 @@ class PrunedCache(Cache):
         members = [i for i in due if rows.step(layer, i, seen[i] - 1) == seen[i]]
         if not members:
             return
-        if self.usage is not None and rows.room is not None:
-            self.usage.steps += len(members)
-            self.usage.capped += sum(page.used[i] > rows.room for i in members)
+        self._note_capped([page.used[i] for i in members])
         stay = [rows.after(layer, i, seen[i]) for i in members]
         record = None if self.expires is None else self.expires[layer]
         read, scale = [seen[i] for i in members], self._scale[layer]
         with span("policy"):
-            evict(page, self.policy, layer, members, read, stay, scale, record, weights)
-        if rows.prompted and all(n >= rows.prompt(i) for i, n in enumerate(seen)):
-            limits = [rows.limit(layer, i) or page.slots for i in range(len(seen))]
-            page.resize(max(limits), max(rows.interval(layer, i) for i in range(len(seen))))
+            evict(page, self.policy, layer, members, read, stay, scale, record)
 
     def _lengthen_record(self, total: int) -> None:
         assert self.expires is not None

@@ -1,8 +1,8 @@
 """A page: what one layer keeps of each sequence of a batch, in plain tensors of constant size.
 
-Rows stand in slots 0, 1, 2 ... without a gap. New ones are written behind them; at an eviction step
-the rows that stay move from the end into the slots of those that leave. The queries since the last
-step wait beside them, to be judged by together. A page knows no model and no policy.
+Rows stand in slots 0, 1, 2 ... without a gap, in the order of their positions. New ones are written
+behind them; at an eviction step those that stay close ranks. The queries since the last step wait
+beside them, to be judged by together. A page knows no model and no policy.
 
 Axes: b batch, s some sequences of it, h heads, h_kv key heads, r slots, q waiting queries,
 d head_dim.
@@ -10,8 +10,9 @@ d head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -176,17 +177,40 @@ class Page:
         self.used = [self.used[i] for i in of]
         self.settled = [self.settled[i] for i in of]
 
-    def move(self, members: Tensor | None, source: Tensor, target: Tensor) -> None:
-        """Copy rows of some sequences (None: all) to other slots, source, target (s, m) int64."""
-        slots, heads = self.key.shape[2], self.key.shape[1]
-        every = torch.arange(len(self.used), device=source.device)
-        every = (every if members is None else members)[:, None] * slots
-        _move(
-            (self.position[..., None], self.numbers, *self.vectors.values()), every, source, target
-        )
-        head = torch.arange(heads, device=source.device)[:, None] * slots
-        every = every[:, None] * heads + head
-        _move((self.key, self.value), every, source[:, None], target[:, None])
+    def wider(self, new: New) -> Page:
+        """A page with the same rows and these behind them, in which no query waits."""
+        used = self.used[0]
+        twin = copy.copy(self)
+        twin.query = twin.features = None
+        twin.vectors = dict(self.vectors)
+        twin.resize(used + new.key.shape[2])
+        _put(twin.key, new.key, used)
+        _put(twin.value, new.value, used)
+        return twin
+
+    def keep(self, members: Tensor | None, kept: Tensor, source: Page | None = None) -> None:
+        """Have the rows of slots `kept` (s, n) int64 of some sequences (None: all) alone, in front.
+
+        They are taken from `source`, a page that is `wider`, or None: this one. Its last slot
+        stands for no row.
+        """
+        source = self if source is None else source
+        batch, heads, slots, _ = source.key.shape
+        first = torch.arange(batch, device=kept.device) if members is None else members
+        first = first[:, None] * slots
+        place = (first + kept).flatten()
+        for mine, theirs in zip(self._columns(), source._columns(), strict=True):
+            rows = theirs.flatten(0, 1).index_select(0, place)
+            _put_back(mine, members, rows.view(*kept.shape, rows.shape[-1]))
+        head = torch.arange(heads, device=kept.device)[:, None] * slots
+        place = (first[:, None] * heads + head + kept[:, None]).flatten()
+        for mine, theirs in ((self.key, source.key), (self.value, source.value)):
+            rows = theirs.flatten(0, 2).index_select(0, place)
+            _put_back(mine, members, rows.view(len(kept), heads, -1, rows.shape[-1]))
+
+    def _columns(self) -> list[Tensor]:
+        """What is kept of each row beside its key and value, (b, r, width) each."""
+        return [self.position[..., None], self.numbers, *self.vectors.values()]
 
     def _tensors(self) -> dict[str, tuple[Tensor, int]]:
         """Each tensor by its name, and its axis of slots."""
@@ -217,6 +241,12 @@ class Held:
     columns: dict[str, Tensor]
     numbers: Tensor
 
+    def front(self, stop: int) -> Held:
+        """The first `stop` slots, as views."""
+        columns = {name: column[:, :stop] for name, column in self.columns.items()}
+        pair = self.key[:, :, :stop], self.value[:, :, :stop]
+        return Held(*pair, self.position[:, :stop], columns, self.numbers[:, :stop])
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -228,7 +258,8 @@ class Queries:
         features: (s, q, width) of the policy, or None.
         stay: rows that are going to stay: a number, or (s, 1) int64.
         members: the sequences of the batch that these are.
-        query: (s, h, q, d), rotated. scale: of the logits. known: `_weights`, if computed already.
+        query: (s, h, q, d), rotated. scale: of the logits.
+        hidden: (s, r), True where a row is gone and its slot not yet free; None: nowhere.
     """
 
     position: Tensor
@@ -239,7 +270,7 @@ class Queries:
     held: Held
     query: Tensor | None
     scale: float
-    known: Tensor | None = None
+    hidden: Tensor | None = None
 
     @property
     def newest(self) -> Tensor:
@@ -252,34 +283,49 @@ class Queries:
 
         These are the weights that were used when they were read; 0 where there is no query.
         """
-        mean: Tensor = self._weights().unflatten(2, (-1, self.position.shape[1])).mean(dim=(1, 2))
+        mean: Tensor = self._weights.unflatten(2, (-1, self.position.shape[1])).mean(dim=(1, 2))
         return mean
 
     @cached_property
     def received(self) -> Tensor:
         """(s, r): the attention that each row got from all of them, the sum over heads."""
-        return self._weights().sum(dim=(1, 2))
+        return self._weights.sum(dim=(1, 2))
 
-    def part(self, query: int) -> Queries:
-        """One of them alone, by its number."""
-        one, features = slice(query, query + 1), self.features
-        return replace(
-            self,
-            position=self.position[:, one],
-            first=self.first + query,
-            features=None if features is None else features[:, one],
-            query=None if self.query is None else self.query[:, :, one],
-            known=None,
+    def attended(self, query: Tensor) -> Tensor:
+        """What their attention gives, as (s, h, q, d) of query."""
+        value = self.held.value
+        return (self._weights.to(value.dtype) @ value).view(*query.shape[:-1], value.shape[-1])
+
+    def part(self, start: int, stop: int) -> Queries:
+        """Those from the number `start` to `stop` alone."""
+        return self.at_step(start, stop, self.held, self.stay, self.hidden)
+
+    def at_step(
+        self, start: int, stop: int, held: Held, stay: int | Tensor, hidden: Tensor | None
+    ) -> Queries:
+        """The same, with what else is different at a step in between."""
+        query, features = self.query, self.features
+        # Not `replace`, which takes five times as long.
+        return Queries(
+            self.position[:, start:stop],
+            self.first + start,
+            None if features is None else features[:, start:stop],
+            stay,
+            self.members,
+            held,
+            None if query is None else query[:, :, start:stop],
+            self.scale,
+            hidden,
         )
 
+    @cached_property
     def _weights(self) -> Tensor:
         """(s, h_kv, groups * q, r): softmax(Q K^T scale), of the queries as they stand."""
-        if self.known is not None:
-            return self.known
         assert self.query is not None, "a policy that asks for weights has `watches = True`"
         query, key = self.query, self.held.key
         if isinstance(self.first, int):
-            return softmax_weights(query, key, causal(query, key, self.first), self.scale)
+            mask = causal(query, key, self.first, self.hidden)
+            return softmax_weights(query, key, mask, self.scale)
         mask = causal_each(query, key, self.first)
         absent = (self.position < 0).repeat(1, query.shape[1] // key.shape[1])
         weights = softmax_weights(query, key, mask, self.scale)
@@ -327,12 +373,13 @@ def _put(target: Tensor, new: Tensor, at: int | Tensor) -> None:
         target.scatter_(2, at[:, None, :, None].expand_as(new), new)
 
 
-def _move(tensors: Iterable[Tensor], first: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copy whole rows from `source` to `target`, both counted from the slots `first`."""
-    source, target = (first + source).flatten(), (first + target).flatten()
-    for tensor in tensors:
-        rows = tensor.flatten(0, -2)
-        rows.index_copy_(0, target, rows.index_select(0, source))
+def _put_back(tensor: Tensor, members: Tensor | None, rows: Tensor) -> None:
+    """Set the first slots of some sequences to (s, n, width), or (s, heads, n, width)."""
+    front = tensor.narrow(-2, 0, rows.shape[-2])
+    if members is None:
+        front.copy_(rows)
+    else:
+        front[members] = rows
 
 
 def _resized(tensor: Tensor, axis: int, size: int) -> Tensor:

@@ -85,8 +85,11 @@ class Policy:
         """
         return None
 
+    def remember(self, layer: int, held: Held, queries: Queries) -> None:
+        """Write what it keeps of new rows for ever into their columns; those in `fresh` are set."""
+
     def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
-        """(s, r) floats: the least leave first; +inf protects."""
+        """(s, r) floats: the least leave first; +inf protects. Free slots may have any score."""
         return held.position.double()
 
 

@@ -41,11 +41,17 @@ class GatePolicy(Policy):
         """Interaction query and key, side by side: (b, n, 2 rank)."""
         return self.gates[layer].features(hidden)
 
+    def remember(self, layer: int, held: Held, queries: Queries) -> None:
+        """Interaction keys, and the norms of values."""
+        assert queries.features is not None
+        queries.put("interaction_key", queries.features.chunk(2, dim=-1)[1])
+        if self.watches:
+            queries.put("size", value_size(queries.own(held.value)).to(held.numbers.dtype))
+
     def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
         """(s, r): margin and bonus, +inf for attention sinks."""
         assert queries.features is not None
-        query, key = queries.features.chunk(2, dim=-1)
-        queries.put("interaction_key", key)
+        query, _ = queries.features.chunk(2, dim=-1)
         age = queries.position[:, :, None] - held.position[:, None, :]
         # The window, the bias and the shift are the same for all rows: they change no order.
         scores = self.gates[layer].ranking(query, held.columns["interaction_key"], age)
@@ -57,7 +63,6 @@ class GatePolicy(Policy):
         score: Tensor = margin.copy_(torch.minimum(margin, least))
         if self.watches:
             received, size = held.columns["received"], held.columns["size"]
-            queries.put("size", value_size(queries.own(held.value)).to(size.dtype))
             received += queries.received
             score = score + self.config.attention_bonus * log_used(received, size)
         return score.masked_fill(held.position < self.config.protect_first, torch.inf)
