@@ -85,13 +85,14 @@ def fewness(rows: float) -> float:
     return 1.0 / (1.0 + (rows / FEW) ** 2)
 
 
-def interval_for(rows: float) -> int:
-    """Tokens between two eviction steps of a layer that holds so many rows on the mean.
+def interval_for(rows: float, window: float) -> int:
+    """Tokens between two eviction steps of a layer that holds `rows` of a text, `window` the mean.
 
-    New tokens stay until the next step, wanted or not: they are half of the rows at most (of few
-    rows less), as far as 32, and beyond that an eighth of them, in multiples of `PERIOD`.
+    New tokens stay until the next step, wanted or not: they are half of a layer's rows at most, and
+    a quarter where the text has few, as far as 32; beyond that an eighth, in multiples of `PERIOD`.
     """
-    short = _power_of_two(min(rows / 2, rows * rows / 16), 32)
+    few = max(window / 4, window * window / 360)
+    short = _power_of_two(min(rows / 2, few), 32)
     return max(short, min(int(rows / 8) // PERIOD * PERIOD, LONGEST))
 
 
@@ -215,7 +216,7 @@ def plan(
     held = torch.tensor(shares, dtype=torch.float64)
     window = window_of(sparsity, context)
     own = window * held / held.mean()
-    intervals = tuple(min(interval_for(rows), longest) for rows in own.tolist())
+    intervals = tuple(min(interval_for(rows, window), longest) for rows in own.tolist())
     steps = [torch.arange(0, context + 1, interval) for interval in intervals]
     counts = [len(of_layer) for of_layer in steps]
     layer = torch.arange(len(shares)).repeat_interleave(torch.tensor(counts))

@@ -109,11 +109,17 @@ def test_rows_that_are_never_refused() -> None:
 
 def test_an_interval_is_half_of_the_rows_or_an_eighth_of_many() -> None:
     rows = (0.5, 1, 3, 4, 8, 12, 16, 31, 63, 64, 255, 384, 400, 1023, 1024, 9000)
-    intervals = [interval_for(number) for number in rows]
-    assert intervals == [1, 1, 1, 1, 4, 4, 8, 8, 16, 32, 32, 48, 48, 112, 128, 128]
+    intervals = [interval_for(number, 1000) for number in rows]
+    assert intervals == [1, 1, 1, 2, 4, 4, 8, 8, 16, 32, 32, 48, 48, 112, 128, 128]
+
+
+def test_it_is_a_quarter_of_the_rows_of_a_text_that_has_few() -> None:
+    windows = (0.5, 4, 8, 26, 54, 84, 107, 108)
+    assert [interval_for(2 * window, window) for window in windows] == [1, 1, 2, 4, 8, 16, 16, 32]
     made = plan(0.5, 4000, (0.1, 1.0), 1)
-    windows = [2 * window_of(0.5, 4000) * share / 1.1 for share in (0.1, 1.0)]
-    assert list(made.intervals) == [interval_for(window) for window in windows]
+    window = window_of(0.5, 4000)
+    layers = [2 * window * share / 1.1 for share in (0.1, 1.0)]
+    assert list(made.intervals) == [interval_for(rows, window) for rows in layers]
     assert plan(0.5, 4000, (0.1, 1.0), 1, longest=8).intervals == (8, 8)
 
 

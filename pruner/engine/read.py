@@ -96,31 +96,34 @@ def read_steps(
         position = settle(held, policy, used, used + length, [n - used for n in seen])
         queries = Queries(position, used, new.features, 0, everyone, held, new.query, scale)
         policy.remember(layer, held, queries)
+    # Where no weights are asked for, one product serves all steps.
+    sees = None if policy.watches else position[:, :, None] >= held.position[:, None]
     outputs, start, gone = [], 0, 0
     for stop, stay in steps:
         rows = used + stop
-        visible = held.front(rows)
-        hidden = visible.position < 0 if gone else None
-        asked = queries.at_step(start, stop, visible, stay, hidden)
-        part = query[:, :, start:stop]
-        with span("attention"):
-            if new.query is not None:
-                outputs.append(asked.attended(part))
-            else:
-                mask = causal(part, visible.key, used + start, hidden)
-                outputs.append(grouped_sdpa(part, visible.key, visible.value, mask, scale))
+        front = held.front(rows)
+        hidden = front.position < 0 if gone else None
+        asked = queries.at_step(start, stop, front, stay, hidden)
+        if sees is None:
+            with span("attention"):
+                outputs.append(asked.attended(query[:, :, start:stop]))
         with span("policy"):
-            score = policy.score(layer, visible, asked)
+            score = policy.score(layer, front, asked)
             if rows - stay > gone:
                 if hidden is not None:
                     score = score.masked_fill(hidden, -torch.inf)
                 order = score.argsort(dim=1, stable=True)
                 if expires is not None:
                     read = [n + stop for n in seen]
-                    note(expires, visible.position, everyone, read, order, stay)
+                    note(expires, front.position, everyone, read, order, stay)
                 gone = rows - stay
-                visible.position.scatter_(1, order[:, :gone], -1)
+                front.position.scatter_(1, order[:, :gone], -1)
+                if sees is not None:
+                    sees[:, stop:] &= (held.position >= 0)[:, None]
         start = stop
+    if sees is not None:
+        with span("attention"):
+            outputs.append(grouped_sdpa(query, held.key, held.value, sees, scale))
     stay = used + length - gone
     if gone or not fits:
         page.grow(stay)

@@ -10,7 +10,7 @@ from ctxprune.pruner.policies import Policy, Request
 
 # Tokens between two eviction steps at most: a window that slides in long strides would be a weaker
 # baseline than one that slides with every token.
-SHORT = 8
+SHORT = 2
 
 
 class WindowPolicy(Policy):
