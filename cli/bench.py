@@ -10,7 +10,7 @@ import typer
 
 from ctxprune.cli.console import check_writable, say, write_text
 from ctxprune.cli.console import out as stdout
-from ctxprune.cli.options import Evict, MaxRows, Model, Policy, Seed, given, numbers, words
+from ctxprune.cli.options import Device, Evict, MaxRows, Model, Policy, Seed, given, numbers, words
 from ctxprune.cli.workspace import current
 from ctxprune.pruner.errors import CtxpruneError
 
@@ -80,11 +80,9 @@ def bench(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="float32, bfloat16, float16, float64, comma-separated; default: float32."
-        ),
+        typer.Option(help="auto (default), float32, bfloat16, float16, float64, comma-separated."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="torch device; default: cpu.")] = None,
+    device: Device = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a PNG here.")] = None,
     seed: Seed = None,

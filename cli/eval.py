@@ -11,6 +11,8 @@ import typer
 from ctxprune.cli.console import check_writable, say, write_text
 from ctxprune.cli.console import out as stdout
 from ctxprune.cli.options import (
+    Device,
+    DeviceMap,
     Dtype,
     Evict,
     MaxRows,
@@ -83,6 +85,8 @@ def evaluate(
         Path | None, typer.Option(help="Folder of TASK.jsonl, to run the tasks offline.")
     ] = None,
     dtype: Dtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
     seed: Seed = None,
 ) -> None:
@@ -105,6 +109,8 @@ def evaluate(
         batch_size=batch_size,
         data_dir=data_dir,
         dtype=dtype,
+        device=device,
+        device_map=device_map,
         seed=seed,
     )
     from ctxprune.evals.quality.evaluate import EvalConfig

@@ -10,7 +10,18 @@ from typing import Annotated
 import typer
 
 from ctxprune.cli.console import data, live_memory, say, stream
-from ctxprune.cli.options import Dtype, Evict, MaxRows, Model, Policy, Seed, given, option
+from ctxprune.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Evict,
+    MaxRows,
+    Model,
+    Policy,
+    Seed,
+    given,
+    option,
+)
 from ctxprune.cli.workspace import current
 from ctxprune.pruner.config import GenerateConfig
 from ctxprune.pruner.errors import CtxpruneError
@@ -61,6 +72,8 @@ def generate(
         list[str] | None, typer.Option(help="String that ends a text; may be repeated.")
     ] = None,
     dtype: Dtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
     seed: Seed = None,
     show: Annotated[
         bool, typer.Option("--show", help="Colour what is in memory and what is forgotten.")
@@ -82,6 +95,8 @@ def generate(
         num_return_sequences=num_return_sequences,
         stop=stop,
         dtype=dtype,
+        device=device,
+        device_map=device_map,
         seed=seed,
     )
     config = GenerateConfig.from_mapping(options, "the options")
@@ -101,7 +116,15 @@ def write(
         raise CtxpruneError(
             "--show colours one text as it is written", "give one prompt, without --json or beams"
         )
-    model = load(folder, sparsity=0.0, max_rows=0, dtype=config.dtype)
+    model = load(
+        folder,
+        sparsity=0.0,
+        max_rows=0,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        on_event=say,
+    )
     handle = handle_of(model)
     sparsity = handle.config.tuned if config.sparsity is None else config.sparsity
     handle.use(config.policy, sparsity, max_rows=config.max_rows, evict=config.evict)

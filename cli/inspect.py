@@ -11,7 +11,7 @@ import typer
 
 from ctxprune.cli.console import check_writable, legend, say, shaded, write_text
 from ctxprune.cli.console import out as stdout
-from ctxprune.cli.options import Dtype, Model, Policy, Seed, given
+from ctxprune.cli.options import Device, DeviceMap, Dtype, Model, Policy, Seed, given
 from ctxprune.cli.workspace import current
 from ctxprune.pruner.errors import CtxpruneError
 
@@ -61,6 +61,8 @@ def inspect(
         typer.Option("--terminal", help="Print the coloured text; so it is if no file is asked."),
     ] = False,
     dtype: Dtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
     seed: Seed = None,
 ) -> None:
     """Show what a model still remembers of a text, token by token and layer by layer."""
@@ -78,7 +80,7 @@ def inspect(
     subjects = [Subject.parse(each) for each in compare or ()]
     config = InspectConfig(
         subjects=tuple(subjects) or (Subject(policy or "gate", sparsity),),
-        **given(tokens=tokens, dtype=dtype, seed=seed),
+        **given(tokens=tokens, dtype=dtype, device=device, device_map=device_map, seed=seed),
     )
     folder = current(model)
     views = run(folder, _read(text, config.tokens), config, on_event=say)

@@ -28,7 +28,19 @@ MaxRows = Annotated[
     typer.Option(help="Cap on the rows of a sequence in a layer; default: the model's; 0: none."),
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16, float16, float64; default: float32.")
+    str | None,
+    typer.Option(
+        help="auto (default: float32 on a CPU, else the checkpoint's), float32, bfloat16, "
+        "float16, float64."
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="auto (default: the accelerator if there is one), cpu, cuda, cuda:1, mps."),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="auto: spread a model over all devices, the CPU and the disk."),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to make.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]

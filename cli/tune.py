@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ctxprune.cli.console import say, tuning_progress
-from ctxprune.cli.options import Force, Model, Seed, given, option
+from ctxprune.cli.options import Device, Force, Model, Seed, given, option
 from ctxprune.cli.workspace import current, set_current
 from ctxprune.pruner.config import TuneConfig
 
@@ -88,6 +88,7 @@ def tune(
     checkpointing: Annotated[
         bool | None, typer.Option(help="Recompute activations to save memory.")
     ] = None,
+    device: Device = None,
     seed: Seed = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
@@ -119,6 +120,7 @@ def tune(
             save_every=save_every,
             bf16=bf16,
             checkpointing=checkpointing,
+            device=device,
             seed=seed,
         )
     )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctxprune.evals.report.shapes import MODES, ORACLE, PRUNED
-from ctxprune.pruner.checkpoints.checkpoint import DTYPES
 from ctxprune.pruner.config import FromMapping, check_at_least, check_sparsity
+from ctxprune.pruner.device import AUTO, place
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.policies import names as policy_names
 from ctxprune.pruner.rows import PROTOCOLS
@@ -52,8 +52,8 @@ class BenchConfig(FromMapping):
     prefills: int = 3
     text: str | None = None
     seed: int = 0
-    dtype: tuple[str, ...] = ("float32",)
-    device: str = "cpu"
+    dtype: tuple[str, ...] = (AUTO,)
+    device: str = AUTO
 
     def __post_init__(self) -> None:
         # the command line and recipes give lists, of floats
@@ -63,8 +63,9 @@ class BenchConfig(FromMapping):
         object.__setattr__(self, "sparsity", tuple(levels))
         chosen = {choose("mode", mode, MODES) for mode in self.modes}
         object.__setattr__(self, "modes", tuple(mode for mode in MODES if mode in chosen))
-        dtypes = dict.fromkeys(choose("dtype", dtype, DTYPES) for dtype in self.dtype)
-        object.__setattr__(self, "dtype", tuple(dtypes))
+        object.__setattr__(self, "dtype", tuple(dict.fromkeys(self.dtype)))
+        for dtype in self.dtype:
+            place(self.device, dtype)
         for name in ("batch", "context", "sparsity", "modes", "dtype"):
             if not getattr(self, name):
                 raise CtxpruneError(f"`{name}` is an empty list", "leave it out for the default")

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-CPUINFO = Path("/proc/cpuinfo")
+from ctxprune.pruner.device import CPUINFO, processor
+
 # What decides how fast a processor computes, and in which dtype: its flag in /proc/cpuinfo.
 EXTENSIONS = {"AVX-512": "avx512f", "AVX512-BF16": "avx512_bf16", "AMX": "amx_bf16", "BF16": "bf16"}
 
@@ -33,7 +34,7 @@ def worker(device: torch.device) -> dict[str, Any]:
     """`device`, the name of its processor as `machine`, and `threads`, ready for JSON."""
     return {
         "device": str(device),
-        "machine": _machine(device),
+        "machine": processor(device),
         "threads": torch.get_num_threads(),
     }
 
@@ -45,11 +46,3 @@ def extensions(device: torch.device) -> list[str] | None:
     lines = CPUINFO.read_text().splitlines()
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return [name for name, flag in EXTENSIONS.items() if flag in flags.split()]
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

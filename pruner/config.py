@@ -154,6 +154,7 @@ class TuneConfig(FromMapping):
         max_minutes: of training; the run then ends where it is, with what it has learned.
         save_every: steps between two resumable checkpoints.
         bf16: autocast to bfloat16. checkpointing: recompute activations in the backward pass.
+        device: torch device; `auto`: the accelerator if there is one, else the CPU.
     """
 
     sparsity: float = 0.8
@@ -183,6 +184,7 @@ class TuneConfig(FromMapping):
     save_every: int = 50
     bf16: bool = False
     checkpointing: bool = False
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
@@ -241,7 +243,7 @@ class GenerateConfig(FromMapping):
         num_return_sequences: texts a prompt.
         stop: strings that end a text.
         seed: of sampling.
-        dtype: of the weights and the cache.
+        dtype, device, device_map: of the model, see `checkpoint.load`.
     """
 
     prompt: tuple[str, ...] = ()
@@ -257,7 +259,9 @@ class GenerateConfig(FromMapping):
     num_return_sequences: int = 1
     stop: tuple[str, ...] = ()
     seed: int = 0
-    dtype: str = "float32"
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "stop"):

@@ -127,6 +127,11 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def gate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the gates of a model of a dtype compute in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class Gate(nn.Module):
     """The parameters of one attention layer's gate, shared by its heads.
 

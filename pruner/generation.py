@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from ctxprune.pruner.config import GenerateConfig
+from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.dense import DenseCache
 from ctxprune.pruner.engine.handle import handle_of
@@ -94,7 +95,7 @@ def generate(
             cache = handle.cache(record=True)
             options["past_key_values"] = cache
             options["streamer"] = _Memory(tokenizer, cache, on_memory)
-        ids = write(**batch.to(model.device), **options)
+        ids = write(**batch.to(input_device(model)), **options)
     seconds = time.monotonic() - began
     new = ids.shape[0] * (ids.shape[1] - batch["input_ids"].shape[1])
     held = handle.last_cache

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctxprune.evals.inspect.kinds import Kind, dropping_of, kinds_of, survival_of, survival_over_age
 from ctxprune.evals.inspect.trace import Trace, overlap, pieces_of, trace
 from ctxprune.evals.provenance import provenance
-from ctxprune.pruner.checkpoints.checkpoint import DTYPES, load, load_tokenizer, read_config
+from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer, read_config
 from ctxprune.pruner.config import check_at_least, check_sparsity
+from ctxprune.pruner.device import AUTO, place
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.policies import names as policy_names
 
@@ -59,17 +60,19 @@ class InspectConfig:
 
     Attributes:
         subjects: one view each. tokens: of the text, at most.
-        dtype: of the weights and the cache. seed: of the intervals.
+        dtype, device, device_map: of the model, see `checkpoint.load`. seed: of the intervals.
     """
 
     subjects: tuple[Subject, ...] = (Subject("gate", None),)
     tokens: int = 1000
-    dtype: str = "float32"
+    dtype: str = AUTO
+    device: str = AUTO
+    device_map: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_at_least("tokens", self.tokens, 1)
-        choose("dtype", self.dtype, DTYPES)
+        place(self.device, self.dtype, self.device_map)
         if len(self.subjects) > MOST_VIEWS:
             raise CtxpruneError(
                 f"{len(self.subjects)} views do not fit side by side", f"give {MOST_VIEWS} at most"
@@ -116,7 +119,15 @@ def inspect(
     for subject in config.subjects:
         path = subject.model or folder
         if kept is None or kept[0] != path:
-            model = load(path, sparsity=0.0, max_rows=0, dtype=config.dtype)
+            model = load(
+                path,
+                sparsity=0.0,
+                max_rows=0,
+                dtype=config.dtype,
+                device=config.device,
+                device_map=config.device_map,
+                on_event=say,
+            )
             kept = path, model, load_tokenizer(path)
         _, model, tokenizer = kept
         sparsity = read_config(path).tuned if subject.sparsity is None else subject.sparsity

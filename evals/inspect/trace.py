@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.engine.modes import Evict
 from ctxprune.pruner.engine.page import Held, Queries
@@ -154,7 +155,7 @@ def trace(
     mode = Evict(watched)
     cache = handle.new_cache(mode, record=True)
     with handle.running(mode):
-        tokens = torch.tensor([list(ids)], device=model.device)
+        tokens = torch.tensor([list(ids)], device=input_device(model))
         model(tokens, past_key_values=cache, logits_to_keep=1)
     assert cache.expires is not None
     expires = torch.cat(cache.expires).cpu().clamp_max(len(ids))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
 
 
@@ -38,8 +39,8 @@ def last_logits(
     handle = handle_of(model)
     with torch.inference_mode(), handle.running(handle.at(lengths, prompts)):
         logits: Tensor = model(
-            ids.to(model.device),
-            attention_mask=mask.long().to(model.device),
+            ids.to(input_device(model)),
+            attention_mask=mask.long().to(input_device(model)),
             use_cache=False,
             logits_to_keep=ids.shape[1] - first,
         ).logits

@@ -22,9 +22,10 @@ from ctxprune.evals.quality import last_word, retrieval
 from ctxprune.evals.quality.harness import load_tasks, score, task_manager
 from ctxprune.evals.quality.perplexity import perplexity
 from ctxprune.evals.state import Finished, digest, stats, text_stats
-from ctxprune.pruner.checkpoints.checkpoint import DTYPES, check_folder, load, load_tokenizer
+from ctxprune.pruner.checkpoints.checkpoint import check_folder, load, load_tokenizer
 from ctxprune.pruner.config import FromMapping, check_at_least, check_sparsity
 from ctxprune.pruner.data import read_texts, windows
+from ctxprune.pruner.device import AUTO, dtype_name, input_device, place
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.policies import names as policy_names
@@ -59,7 +60,7 @@ class EvalConfig(FromMapping):
             text a pass.
         seed: of lm-eval's generators, and of the choice of texts of our own tasks.
         data_dir: folder of `<task>.jsonl`, the tasks' documents; None: from the hub.
-        dtype, device: of the model.
+        dtype, device, device_map: of the model, see `checkpoint.load`.
     """
 
     tasks: tuple[str, ...] = ()
@@ -76,8 +77,9 @@ class EvalConfig(FromMapping):
     batch_size: int = 8
     seed: int = 0
     data_dir: Path | None = None
-    dtype: str = "float32"
-    device: str = "cpu"
+    dtype: str = AUTO
+    device: str = AUTO
+    device_map: str | None = None
 
     def __post_init__(self) -> None:
         # recipes give lists and strings
@@ -89,7 +91,7 @@ class EvalConfig(FromMapping):
             object.__setattr__(self, "data_dir", Path(self.data_dir))
         choose("policy", self.policy, policy_names())
         choose("value of evict", self.evict, PROTOCOLS)
-        choose("dtype", self.dtype, DTYPES)
+        place(self.device, self.dtype, self.device_map)
         check_at_least("context", self.context, 2)
         if self.prompt is not None:
             check_at_least("prompt", self.prompt, 2)
@@ -145,7 +147,15 @@ def evaluate(
     text = windows(tokenizer, texts, config.context)
     if config.tokens is not None:
         text = text[: max(1, config.tokens // config.context)]
-    model = load(folder, sparsity=0.0, max_rows=0, dtype=config.dtype, device=config.device)
+    model = load(
+        folder,
+        sparsity=0.0,
+        max_rows=0,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        on_event=say,
+    )
     handle = handle_of(model)
     levels = config.sparsity or tuple(sorted({0.0, *handle.levels}))
     runs = _own_tasks(config, model, tokenizer, texts, say)
@@ -202,8 +212,8 @@ def evaluate(
         "limit": config.limit,
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "dtype": config.dtype,
-        **worker(model.device),
+        "dtype": dtype_name(model),
+        **worker(input_device(model)),
         **provenance(*PACKAGES),
     }
 
@@ -291,8 +301,7 @@ def _dependencies(config: EvalConfig, name: str) -> list[Any]:
         config.max_rows,
         config.batch_size,
         config.seed,
-        config.dtype,
-        config.device,
+        str(place(config.device, config.dtype, config.device_map)),
     ]
     if name == PERPLEXITY:
         window = [config.context, config.prompt, config.tokens]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 
@@ -62,7 +63,7 @@ def perplexity(
     loss = 0.0  # summed in double precision: a float32 sum drifts with the number of tokens
     with torch.inference_mode(), handle_of(model).measure() as usage:
         for some in windows.split(min(batch_size, max(PASS // length, 1))):
-            ids = some.to(model.device)
+            ids = some.to(input_device(model))
             logits = model(ids, use_cache=False, logits_to_keep=length - prompt + 1).logits
             for predicted, said in zip(logits[:, :-1], ids[:, prompt:], strict=True):
                 nll = cross_entropy(predicted.float(), said, reduction="none")

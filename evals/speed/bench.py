@@ -25,6 +25,7 @@ from ctxprune.evals.speed.subject import (
 )
 from ctxprune.evals.state import Finished, digest, stats, text_stats
 from ctxprune.pruner.data import read_texts, windows
+from ctxprune.pruner.device import dtype_name, input_device, place
 from ctxprune.pruner.engine.handle import Handle, handle_of
 from ctxprune.pruner.rows import LONGEST
 
@@ -73,7 +74,7 @@ def bench(
         about, found = _measure(folder, config, dtype, finished, say)
         for key, some in found.items():
             keys.append(key)
-            rows += [{"dtype": dtype, **row} for row in some]
+            rows += [{"dtype": about["dtype"], **row} for row in some]
     # Kept for a killed run only: figures of another day would be no measurement.
     finished.drop(keys)
     return {
@@ -86,7 +87,7 @@ def bench(
         "repeats": config.repeats,
         "prefills": config.prefills,
         "seed": config.seed,
-        "dtype": ", ".join(config.dtype),
+        "dtype": ", ".join(dict.fromkeys(row["dtype"] for row in rows)),
         **provenance(*PACKAGES),
         "rows": rows,
     }
@@ -98,8 +99,8 @@ def _measure(
     """All batch sizes and contexts of a dtype: what the model is, and rows by their digest."""
     subject = _subject(folder, config, dtype, say)
     model = subject.model
-    handle = handle_of(model)
-    processor = extensions(model.device)
+    handle, dtype, device = handle_of(model), dtype_name(model), input_device(model)
+    processor = extensions(device)
     if dtype == "bfloat16" and processor is not None and NATIVE.isdisjoint(processor):
         say("warning: this processor emulates bfloat16, so figures of it mean nothing")
     interval = _longest_interval(handle, config)
@@ -113,7 +114,7 @@ def _measure(
         [] if folder is None else stats(folder.iterdir()),
         {**told, "steps": steps},
         text_stats(config.text),
-        worker(model.device),
+        worker(device),
     ]
     found = {}
     for batch, context in itertools.product(config.batch, config.context):
@@ -136,7 +137,8 @@ def _measure(
         "max_rows": handle.cap_of(config.max_rows),
         "steps": steps,
         "extensions": processor,
-        **worker(model.device),
+        "dtype": dtype,
+        **worker(device),
     }
     return about, found
 
@@ -144,15 +146,11 @@ def _measure(
 def _subject(folder: Path | None, config: BenchConfig, dtype: str, say: Say) -> Subject:
     if config.architecture is None:
         assert folder is not None, "a benchmark needs a folder or an architecture"
-        return from_folder(folder, dtype=dtype, device=config.device)
-    say(f"random weights of {config.architecture}, {dtype}")
-    return from_architecture(
-        config.architecture,
-        max(config.context) + config.decoded(config.burst(LONGEST)),
-        seed=config.seed,
-        dtype=dtype,
-        device=config.device,
-    )
+        return from_folder(folder, dtype=dtype, device=config.device, on_event=say)
+    where = place(config.device, dtype)
+    say(f"random weights of {config.architecture}: {where}")
+    positions = max(config.context) + config.decoded(config.burst(LONGEST))
+    return from_architecture(config.architecture, positions, where, seed=config.seed)
 
 
 def _longest_interval(handle: Handle, config: BenchConfig) -> int:

@@ -24,6 +24,7 @@ from ctxprune.evals.speed.breakdown import breakdown
 from ctxprune.evals.speed.peak import peak_of
 from ctxprune.evals.speed.stopwatch import Stopwatch, spread, wait
 from ctxprune.evals.speed.subject import unequal
+from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.dense import DenseCache, DenseLayer
 from ctxprune.pruner.engine.handle import handle_of
@@ -105,13 +106,13 @@ class Comparison:
         self.handle = handle_of(model)
         self.config = config
         self.max_rows = self.handle.cap_of(config.max_rows) or 0
-        self.ids = ids.to(model.device)
+        self.ids = ids.to(input_device(model))
         self.batch, self.context = ids.shape
         self.lengths = unequal(self.batch, self.context) if config.unequal else [self.context]
         self.tokens = sum(self.lengths) if config.unequal else ids.numel()
         self.steps = steps
-        columns = torch.arange(self.context + config.decoded(steps), device=model.device)[None]
-        padding = self.context - torch.tensor(self.lengths, device=model.device)[:, None]
+        columns = torch.arange(self.context + config.decoded(steps), device=self.ids.device)[None]
+        padding = self.context - torch.tensor(self.lengths, device=self.ids.device)[:, None]
         self.positions = (columns - padding).clamp_min(0)
         self.mask = (columns >= padding).long() if config.unequal else None
         self.on_event = on_event

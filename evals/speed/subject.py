@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +17,14 @@ from transformers import (
 )
 
 from ctxprune.pruner.checkpoints.checkpoint import (
-    DTYPES,
     check_folder,
     first_line,
-    gate_dtype,
     load,
     load_tokenizer,
 )
 from ctxprune.pruner.checkpoints.convert import embedded_folder
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.device import Place
 from ctxprune.pruner.engine.handle import DENSE, attach, new_gates
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.families import family_of
@@ -47,15 +47,16 @@ class Subject:
     positions_enlarged: bool = False
 
 
-def from_folder(folder: Path, *, dtype: str, device: str) -> Subject:
-    """The converted checkpoint in a folder."""
+def from_folder(
+    folder: Path, *, dtype: str, device: str, on_event: Callable[[str], None] | None = None
+) -> Subject:
+    """The converted checkpoint in a folder; arguments as in `checkpoint.load`."""
     check_folder(folder)
-    _check_device(device)
-    model = load(folder, sparsity=0.0, max_rows=0, dtype=dtype, device=device)
+    model = load(folder, sparsity=0.0, max_rows=0, dtype=dtype, device=device, on_event=on_event)
     return Subject(str(folder), model, load_tokenizer(folder))
 
 
-def from_architecture(name: str, positions: int, *, seed: int, dtype: str, device: str) -> Subject:
+def from_architecture(name: str, positions: int, where: Place, *, seed: int) -> Subject:
     """Random weights and new gates, which give every layer as many rows.
 
     Args:
@@ -65,16 +66,14 @@ def from_architecture(name: str, positions: int, *, seed: int, dtype: str, devic
     Raises:
         CtxpruneError: no such architecture, or one that is not supported.
     """
-    _check_device(device)
     config, enlarged = _configuration(name, positions)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=DENSE)
-    model.to(torch.device(device)).eval()
+    dtype = where.dtype or config.dtype or torch.get_default_dtype()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=DENSE)
+    model.to(where.device).eval()
     gates = new_gates(model, PruneConfig(), seed)
     # Not tuned, but calibrated evenly: the rows and the cost of a gate that was.
-    settings = PruneConfig(levels={0.5: (0.5,) * len(gates)})
-    gates.to(device=device, dtype=gate_dtype(DTYPES[dtype]))
-    attach(model, gates, settings)
+    attach(model, gates, PruneConfig(levels={0.5: (0.5,) * len(gates)}))
     with embedded_folder() as folder:
         tokenizer = load_tokenizer(folder)
     return Subject(name, model, tokenizer, enlarged)
@@ -122,10 +121,3 @@ def unequal(batch: int, context: int) -> list[int]:
     """Lengths of the prompts of a batch, spread evenly from half of the context to all of it."""
     shortest = context // 2
     return [context - (context - shortest) * n // max(batch - 1, 1) for n in reversed(range(batch))]
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise CtxpruneError(f"device `{name}` cannot be used: {first_line(error)}") from error

@@ -10,13 +10,14 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,18 +29,13 @@ from transformers import (
 )
 
 from ctxprune.pruner.config import PruneConfig, check_sparsity
+from ctxprune.pruner.device import AUTO, DeviceMap, Place, place
 from ctxprune.pruner.engine.handle import DENSE, attach
-from ctxprune.pruner.errors import CtxpruneError, choose
+from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.gate import Gate
 
 SETTINGS = "ctxprune.json"
 GATES = "ctxprune.safetensors"
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 @contextmanager
@@ -161,8 +157,10 @@ def load(
     sparsity: float | None = None,
     policy: str = "gate",
     max_rows: int | None = None,
-    dtype: str = "float32",
-    device: str = "cpu",
+    dtype: str = AUTO,
+    device: str = AUTO,
+    device_map: DeviceMap | None = None,
+    on_event: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """Load a converted folder, ready to score and to generate with eviction.
 
@@ -171,55 +169,63 @@ def load(
         sparsity: level in [0, 1); None: the one it was tuned to, 0 if it was not.
         policy: who decides; see `ctxprune.pruner.policies.names`.
         max_rows: cap on the rows of a sequence; None: the one of `ctxprune.json`; 0: none.
-        dtype: of the weights and the cache: float32, bfloat16, float16 or float64.
-        device: torch device.
+        dtype: of the weights and the cache: float32, bfloat16, float16 or float64; `auto`: float32
+            on a CPU, else the checkpoint's own.
+        device: torch device; `auto`: the accelerator if there is one, else the CPU.
+        device_map: the devices of a model that is too large for one, as accelerate takes it:
+            `auto`, or part -> device; then there is no `device`.
+        on_event: called with one line of text that says where the model is going to run.
 
     Returns:
         The transformers model in eval mode, with a `Handle` as `model.ctxprune`.
 
     Raises:
-        CtxpruneError: not a converted folder, damaged files, gates that do not fit.
+        CtxpruneError: not a converted folder, damaged files, gates that do not fit, a device that
+            cannot be used.
     """
     config = read_config(folder)
     if sparsity is not None:
         check_sparsity(sparsity)
-    torch_dtype = DTYPES[choose("dtype", dtype, DTYPES)]
-    model = load_dense(Path(folder), torch_dtype)
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    gates = _load_gates(Path(folder), model, config)
-    gates.to(device=device, dtype=gate_dtype(torch_dtype))
-    handle = attach(model, gates, config)
+    where = place(device, dtype, device_map)
+    if on_event is not None:
+        on_event(f"loading the model: {where}")
+    model = load_dense(Path(folder), where)
+    handle = attach(model, _load_gates(Path(folder), model, config), config)
     handle.use(policy, config.tuned if sparsity is None else sparsity, max_rows=max_rows)
     model.eval()
     return model
 
 
-def gate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the gates of a model of a dtype compute in: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def load_dense(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_dense(folder: Path, where: Place) -> PreTrainedModel:
     """The folder's transformers model, from safetensors alone.
 
     Raises:
-        CtxpruneError: weights missing, damaged, or only there as a pickle.
+        CtxpruneError: weights missing, damaged, or only there as a pickle; too large for a device.
     """
     check_weights(folder)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=DENSE,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CtxpruneError(
-            f"the weights in `{folder}` cannot be read: {first_line(error)}",
-            "the files are damaged or incomplete; fetch or convert them again",
-        ) from error
-    model, report = loaded
+    options: dict[str, Any] = {"dtype": where.dtype or AUTO, "attn_implementation": DENSE}
+    with ExitStack() as stack:
+        if where.parts is not None:
+            # What fits into no memory is read from files of its own, pass by pass.
+            kept = stack.enter_context(TemporaryDirectory(prefix="ctxprune-"))
+            options |= {"device_map": where.parts, "offload_folder": kept}
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **options
+            )
+        except ImportError as error:
+            raise CtxpruneError(
+                f"`{folder}` needs a library that is not installed: {first_line(error)}"
+            ) from error
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise CtxpruneError(
+                f"the weights in `{folder}` cannot be read: {first_line(error)}",
+                "the files are damaged or incomplete; fetch or convert them again",
+            ) from error
+        model, report = loaded
+        if where.parts is not None:
+            # They are needed for as long as the model is.
+            weakref.finalize(model, stack.pop_all().close)
     missing = sorted(report["missing_keys"])
     if missing:
         raise CtxpruneError(
@@ -227,6 +233,8 @@ def load_dense(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
             "the files do not belong to this config.json; fetch them again",
         )
     assert isinstance(model, PreTrainedModel)
+    if where.parts is None and not getattr(model, "is_quantized", False):
+        model.to(where.device)  # type: ignore[arg-type]
     return model
 
 

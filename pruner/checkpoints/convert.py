@@ -21,6 +21,7 @@ from transformers import (
 from ctxprune.pruner.checkpoints import adapter as adapters
 from ctxprune.pruner.checkpoints import checkpoint
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.device import Place
 from ctxprune.pruner.engine.handle import DENSE, new_gates
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.families import family_of
@@ -91,7 +92,9 @@ def _from_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     if not (folder / "config.json").is_file():
         raise CtxpruneError(f"`{folder}` has no config.json", "give the folder of a model")
     _check_family(str(folder))
-    return checkpoint.load_dense(folder, "auto"), checkpoint.load_tokenizer(folder)
+    return checkpoint.load_dense(
+        folder, Place(torch.device("cpu"), None)
+    ), checkpoint.load_tokenizer(folder)
 
 
 def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -224,7 +224,8 @@ class PrunedCache(Cache):
         """
         policy = self.policy
         with span("gate"):
-            features = policy.annotate(layer, hidden)
+            # A model that is spread over devices brings it here no sooner than for a projection.
+            features = policy.annotate(layer, hidden.to(key.device))
         new = New(key, value, query if policy.watches else None, features)
         page = self.page(layer)
         if page is None:
@@ -235,7 +236,8 @@ class PrunedCache(Cache):
         if self._places is None:
             return step(page, new, query, scale)
         stop = None if self._static else max(page.used) + 1
-        return static_step(page, new, query, scale, self._places[layer], stop)
+        place = self._places[layer].to(query.device)
+        return static_step(page, new, query, scale, place, stop)
 
     def finish(self) -> None:
         """End a forward pass: single tokens are counted, and the steps that are due are held."""
@@ -372,7 +374,8 @@ class PrunedCache(Cache):
         """Attend block by block, with the eviction steps in between."""
         schedule = self._schedule(layer, query.device)
         if schedule.source is not None:
-            new, query = new.taken(schedule.source), take(query, schedule.source)
+            source = schedule.source.to(query.device)
+            new, query = new.taken(source), take(query, source)
         seen, outputs, blocks = list(self.seen), [], schedule.blocks
         scale, record = self._scale[layer], None if self.expires is None else self.expires[layer]
         while blocks:
@@ -397,7 +400,7 @@ class PrunedCache(Cache):
         if self.policy.rows is not None and self.policy.rows.prompted:
             self._settle_room(layer, page, seen)
         joined = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-        return joined if schedule.back is None else take(joined, schedule.back)
+        return joined if schedule.back is None else take(joined, schedule.back.to(joined.device))
 
     def _together(
         self, layer: int, page: Page, blocks: Sequence[Block], seen: Sequence[int]

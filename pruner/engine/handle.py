@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ctxprune.pruner import policies
 from ctxprune.pruner.config import PruneConfig, check_max_rows, check_sparsity
+from ctxprune.pruner.device import device_of
 from ctxprune.pruner.engine import hooks
 from ctxprune.pruner.engine.cache import BLOCK, PrunedCache
 from ctxprune.pruner.engine.dense import DenseCache
@@ -25,7 +26,7 @@ from ctxprune.pruner.engine.modes import Evict, Mode, Off
 from ctxprune.pruner.engine.usage import Usage
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.families import Family, family_of
-from ctxprune.pruner.gate import Gate
+from ctxprune.pruner.gate import Gate, gate_dtype
 from ctxprune.pruner.rows import PROTOCOLS
 
 DENSE = "sdpa"
@@ -245,6 +246,8 @@ class Handle:
 def attach(model: PreTrainedModel, gates: nn.ModuleList, config: PruneConfig) -> Handle:
     """Give a model its gates, and make it able to evict. Returns `model.ctxprune`, switched off.
 
+    Each gate goes to the device of its layer, and computes in float32 at least.
+
     Raises:
         CtxpruneError: the family is not supported, or the gates do not fit the model.
     """
@@ -258,6 +261,8 @@ def attach(model: PreTrainedModel, gates: nn.ModuleList, config: PruneConfig) ->
             f"{sorted(widths)} for {len(attentions)} layers of width {hidden_size}",
             "convert the model again",
         )
+    for gate, attention in zip(gates, attentions, strict=True):
+        gate.to(device=device_of(attention), dtype=gate_dtype(model.dtype))
     hooks.enroll(model.config)
     handle = Handle(model, family, config)
     model.add_module(GATES, gates)

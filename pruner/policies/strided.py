@@ -36,7 +36,7 @@ class StridedPolicy(Policy):
     def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
         """(s, r): the oldest leave first, the strided ones after all others."""
         strides = self.strides if len(self.strides) == 1 else self.strides[list(queries.members)]
-        strided = held.position % strides == 0
+        strided = held.position % strides.to(held.position.device) == 0
         return (held.position + torch.where(strided, queries.newest + 1, 0)).double()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
 
@@ -74,7 +75,7 @@ def _measure(
         soft = SoftAttention(Level(prior(level, context), shift), handle.config, hard=True)
         soft.scores = {}
         with handle.running(soft):
-            model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
+            model(window[None].to(input_device(model)), use_cache=False, logits_to_keep=1)
         for layer, score in soft.scores.items():
             pairs = score[0].cpu()[later, earlier]
             kept[layer] += float((pairs > 0).double().mean()) / len(windows)

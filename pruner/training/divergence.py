@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ctxprune.pruner import policies
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.data import spread
+from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.engine.modes import Evict, Off
 from ctxprune.pruner.training.objective import distillation_loss
@@ -54,7 +55,7 @@ def divergences(
         if on_phase is not None:
             on_phase(f"{doing}, {done / len(windows):.0%}")
         done += len(batch)
-        ids = batch.to(model.device)
+        ids = batch.to(input_device(model))
         with handle.running(Off()):
             dense = model(ids, use_cache=False).logits
         for way, (level, config) in enumerate(ways):

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctxprune.pruner import data
 from ctxprune.pruner.checkpoints import adapter, checkpoint
 from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.device import place
 from ctxprune.pruner.engine.handle import Handle, handle_of
 from ctxprune.pruner.engine.modes import Off
 from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
@@ -159,7 +160,11 @@ def tune(
     """
     checkpoint.refuse_existing(out, force=force)
     work = out.parent / f".{out.name}.tuning"
+    where = place(config.device, "float32")
+    if where.device.index is not None:
+        torch.accelerator.set_device_index(where.device.index)
     accelerator = Accelerator(
+        cpu=where.device.type == "cpu",
         mixed_precision="bf16" if config.bf16 else "no",
         gradient_accumulation_steps=config.accumulate,
         # A dense micro-batch uses no gate.
@@ -175,8 +180,10 @@ def tune(
         raise CtxpruneError(
             f"there is no interrupted run for `{out}` to resume", "leave out `--resume`"
         )
-    on_phase("loading the model")
-    model = checkpoint.load(folder, sparsity=0.0, max_rows=0)
+    on_phase(f"loading the model: {where}")
+    model = checkpoint.load(
+        folder, sparsity=0.0, max_rows=0, dtype="float32", device=str(accelerator.device)
+    )
     handle = handle_of(model)
     tokenizer = checkpoint.load_tokenizer(folder)
     _check_context(model, handle, config)
@@ -489,7 +496,9 @@ class _Run:
         return int(about["step"])
 
     def _identity(self) -> str:
-        return json.dumps({"source": str(self.source.resolve()), **dataclasses.asdict(self.config)})
+        """What a resumed run has to share with the interrupted one; it may be on another device."""
+        told = dataclasses.asdict(self.config) | {"device": None}
+        return json.dumps({"source": str(self.source.resolve()), **told})
 
 
 @contextmanager
