@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.decoder import Sight
 from ctxprune.pruner.engine import soft as soft_module
 from ctxprune.pruner.engine.soft import Level, SoftAttention, soft_attend
+from ctxprune.pruner.engine.weights import Logits
 from ctxprune.pruner.gate import Gate, free_pairs, log_survival, margin
 
 HEADS, KEY_HEADS, WIDTH, HIDDEN = 6, 2, 4, 12
@@ -94,7 +96,7 @@ def test_values_and_gradients_are_those_of_the_equations(
     gate, tensors = case(24)
     config = PruneConfig(protect_first=2, protect_recent=3, attention_bonus=bonus)
     soft = SoftAttention(Level(1.5, 0.1), config, sharpness=1.7, alpha=alpha)
-    found = soft_attend(soft, gate, 0, *tensors, scale=0.5)
+    found = soft_attend(soft, gate, 0, *tensors, logits=Logits(0.5), sight=Sight())
     expected, kept = written_out(soft, gate, *tensors)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(soft.kept[0], kept)
@@ -113,7 +115,7 @@ def test_nothing_of_a_pass_outlives_it(backward: bool) -> None:
     """Also without a backward pass, as where a checkpointed layer is computed again."""
     gate, tensors = case(24)
     soft = SoftAttention(Level(1.5), PruneConfig())
-    out = soft_attend(soft, gate, 0, *tensors, scale=0.5)
+    out = soft_attend(soft, gate, 0, *tensors, logits=Logits(0.5), sight=Sight())
     if backward:
         out.sum().backward()
     noted = weakref.ref(soft.kept[0])
@@ -129,5 +131,5 @@ def test_what_is_kept_for_the_backward_pass_grows_linearly() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (saved.append(tensor.numel()), tensor)[1], lambda tensor: tensor
     ):
-        soft_attend(soft, gate, 0, *tensors, scale=0.5)
+        soft_attend(soft, gate, 0, *tensors, logits=Logits(0.5), sight=Sight())
     assert sum(saved) < 512 * 512

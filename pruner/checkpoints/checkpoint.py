@@ -21,14 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from ctxprune.pruner.config import PruneConfig, check_sparsity
-from ctxprune.pruner.engine.handle import DENSE, attach
+from ctxprune.pruner.decoder import check_type, decoder_of
+from ctxprune.pruner.engine.handle import attach
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.gate import Gate
 
@@ -207,10 +208,10 @@ def load_dense(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """
     check_weights(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        kind: Any = check_type(AutoConfig.from_pretrained(folder))
+        loaded: Any = kind.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation=DENSE,
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -281,7 +282,8 @@ def _load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn
         raise CtxpruneError(
             f"`{folder / GATES}` is missing or damaged: {first_line(error)}", "convert again"
         ) from error
-    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    decoder = decoder_of(model)
+    layers, width = len(decoder.gated), decoder.width
     gates = nn.ModuleList(Gate(width, config.rank) for _ in range(layers))
     expected = {name: tensor.shape for name, tensor in gates.state_dict().items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != expected:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -21,9 +20,9 @@ from transformers import (
 from ctxprune.pruner.checkpoints import adapter as adapters
 from ctxprune.pruner.checkpoints import checkpoint
 from ctxprune.pruner.config import PruneConfig
-from ctxprune.pruner.engine.handle import DENSE, new_gates
+from ctxprune.pruner.decoder import check_type
+from ctxprune.pruner.engine.handle import new_gates
 from ctxprune.pruner.errors import CtxpruneError
-from ctxprune.pruner.families import family_of
 
 
 def convert(
@@ -90,7 +89,7 @@ def embedded_folder() -> AbstractContextManager[Path]:
 def _from_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not (folder / "config.json").is_file():
         raise CtxpruneError(f"`{folder}` has no config.json", "give the folder of a model")
-    _check_family(str(folder))
+    _kind_of(str(folder))
     return checkpoint.load_dense(folder, "auto"), checkpoint.load_tokenizer(folder)
 
 
@@ -105,10 +104,8 @@ def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         ) from error
     where: dict[str, Any] = {"gguf_file": path.name}
     try:
-        _check_family(str(path.parent), **where)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.float32, attn_implementation=DENSE, **where
-        )
+        kind = _kind_of(str(path.parent), **where)
+        model = kind.from_pretrained(path.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     except CtxpruneError:
         raise
@@ -130,10 +127,8 @@ def _from_hub(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        _check_family(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", attn_implementation=DENSE, use_safetensors=True, **options
-        )
+        kind = _kind_of(source, **options)
+        model = kind.from_pretrained(source, dtype="auto", use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise CtxpruneError(
@@ -144,12 +139,12 @@ def _from_hub(
     return model, tokenizer
 
 
-def _check_family(source: str, **options: Any) -> None:
-    """Refuse an unsupported architecture before its weights are read."""
+def _kind_of(source: str, **options: Any) -> Any:
+    """The class that loads a model; refuses what writes no text before its weights are read."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
     except (ValueError, KeyError) as error:
         raise CtxpruneError(
             f"`{source}` is not a model that transformers knows: {checkpoint.first_line(error)}"
         ) from error
-    family_of(config)
+    return check_type(config)

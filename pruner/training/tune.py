@@ -106,7 +106,7 @@ class Trainee(nn.Module):
         self, ids: Tensor, level: float, soft: LocalAttention
     ) -> tuple[Tensor, dict[str, Any]]:
         model = self.handle.model
-        with soft.watch(model), self.handle.running(soft):
+        with soft.watch(self.handle.decoder), self.handle.running(soft):
             model(ids, use_cache=False, logits_to_keep=1)
         errors = torch.stack([soft.errors[layer] for layer in sorted(soft.errors)])
         penalty = self.config.penalty * sparsity_penalty(_mean(soft.kept), level)
@@ -324,8 +324,8 @@ def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tens
 
 
 def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if handle.family.bounded and limit is not None and config.context > limit:
+    limit = handle.decoder.positions
+    if limit is not None and config.context > limit:
         raise CtxpruneError(
             f"a context of {config.context} is beyond the {limit} positions of this model",
             f"use `--context {limit}` or less",
