@@ -150,6 +150,7 @@ def write(
         "format": 1,
         "version": version("ctxprune"),
         "config": raw,
+        "layers": decoder_of(model).describe(),
         "provenance": dict(provenance),
     }
     text = json.dumps(settings, indent=2) + "\n"
@@ -311,6 +312,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "model_type": raw["model_type"],
+        "layers": settings.get("layers"),
         "parameters": total,
         "parameters_added": added,
         "policy": "gate",

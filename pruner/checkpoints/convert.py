@@ -19,9 +19,10 @@ from transformers import (
 
 from ctxprune.pruner.checkpoints import adapter as adapters
 from ctxprune.pruner.checkpoints import checkpoint
+from ctxprune.pruner.checkpoints.agreement import check_agreement
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import check_type
-from ctxprune.pruner.engine.handle import new_gates
+from ctxprune.pruner.engine.handle import attach, new_gates
 from ctxprune.pruner.errors import CtxpruneError
 
 
@@ -45,7 +46,8 @@ def convert(
         trust_remote_code: let a hub repository run its own code.
 
     Raises:
-        CtxpruneError: missing, damaged or unsupported source; `out` exists; no space left.
+        CtxpruneError: missing, damaged or unsupported source, or one whose attention is not what
+            was derived of it (`agreement`); `out` exists; no space left.
     """
     checkpoint.refuse_existing(out, force=force)
     config = PruneConfig.from_mapping(settings, "the settings")
@@ -68,12 +70,16 @@ def convert(
     else:
         model, tokenizer = _from_hub(source, trust_remote_code=trust_remote_code)
         name = source
+    # Of training there is none here, and dropout would differ from pass to pass.
+    model.eval()
     provenance = {"base": name}
     if tuned is None:
         gates = new_gates(model, config)
     else:
         model, gates, config = adapters.apply(tuned, model, settings)
         provenance = {**tuned.about["provenance"], "base": name}
+    attach(model, gates, config)
+    check_agreement(model)
     with checkpoint.staged(out, force=force) as folder:
         checkpoint.write(folder, model, gates, config, tokenizer, provenance)
         if tuned is not None:
