@@ -23,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ctxprune.pruner.errors import CtxpruneError
 
+# Layers without keys, which some models declare among those with attention.
+STATES = ("linear_attention", "conv", "mamba", "moe", "mlp")
 # What bounds a layer, by its type; a layer of any other type is refused.
 BOUNDS = {
     "full_attention": None,
@@ -162,6 +164,8 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
         for attention in inside:
             index = getattr(attention, "layer_idx", None)
             index = len(found) if index is None else index
+            if kinds[index : index + 1] and kinds[index] in STATES:
+                continue
             if index >= len(kinds) or kinds[index] not in BOUNDS:
                 kind = kinds[index] if index < len(kinds) else "unknown"
                 raise refusal(config, f"its layer {index} is of type `{kind}`")

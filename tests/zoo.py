@@ -131,8 +131,18 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "zamba2": ("zamba2", {"layers_block_type": ["mamba", "hybrid"] * 2}),
     **{
         name: (name, {"layer_types": STATES})
-        for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "minimax")
+        for name in (
+            "minimax",
+            "qwen3_5_moe_text",
+            "qwen3_5_text",
+            "qwen3_next",
+        )
     },
+    **{
+        name: (name, {**LATENT, "layer_types": STATES})
+        for name in ("bailing_hybrid", "kimi_linear")
+    },
+    "zaya": ("zaya", {"num_experts_per_tok": 1}),
     **{
         name: (name, LATENT)
         for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "minicpm3", "axk1")
