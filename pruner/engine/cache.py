@@ -524,9 +524,7 @@ class PrunedCache(Cache):
                 )
             else:
                 counts = read[0].counts
-                outputs.append(
-                    read_block(page, part, asked, logits, sight, counts, read[0].first)
-                )
+                outputs.append(read_block(page, part, asked, logits, sight, counts, read[0].first))
                 seen, page.used = self._note_read(layer, counts, seen, page.used)
                 self._evict(layer, read[0].due, seen)
         if policy.rows is not None and policy.rows.prompted:

@@ -83,10 +83,10 @@ def read_steps(
     """Attend with consecutive blocks of new tokens, each of which ends at an eviction step.
 
     It is `read_block` and `evict` in turn, for sequences that hold equally many rows, have no
-    waiting queries and see all that is held, at less cost: rows that leave are hidden, and those that stay close ranks after
-    the last step alone; and what the attention and the policy both need is computed once. Beside
-    the keys and values of all tokens, which a layer has while it reads them, a copy of the rows
-    held lives for so long.
+    waiting queries and see all that is held, at less cost: rows that leave are hidden, and those
+    that stay close ranks after the last step alone; and what the attention and the policy both need
+    is computed once. Beside the keys and values of all tokens, which a layer has while it reads
+    them, a copy of the rows held lives for so long.
 
     Args:
         new, query, logits: as in `read_block`; layer, expires: as in `evict`.
