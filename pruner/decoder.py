@@ -18,6 +18,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -214,6 +215,8 @@ def check_type(config: PreTrainedConfig) -> type:
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if config.is_encoder_decoder or type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        raise refusal(config, "it is no decoder alone")
     remote = getattr(config, "auto_map", None) or {}
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in remote:
         return AutoModelForCausalLM
