@@ -36,7 +36,7 @@ PREFIX = "ctxprune-"
 OLD_NAME = "past_key_values"
 MASKS: dict[str, Callable[..., Any]] = {"sdpa": sdpa_mask, "eager": eager_mask}
 # Options that models hand to their attention function and that change nothing of what it computes:
-# outputs that are wanted, and arguments of the whole forward pass that are passed on.
+# outputs that are wanted, and arguments of `generate` and of the whole pass that are passed on.
 HARMLESS = frozenset(
     (
         "cache",
@@ -51,6 +51,7 @@ HARMLESS = frozenset(
         "position_embeddings",
         "position_ids",
         "return_dict",
+        "tokenizer",
         "use_cache",
     )
 )
