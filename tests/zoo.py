@@ -208,7 +208,11 @@ def filled(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     # Grouped products of experts are not there in double precision.
     config._experts_implementation = "eager"  # type: ignore[attr-defined]
     torch.manual_seed(seed)
-    model: PreTrainedModel = kind._from_config(config)
+    # Before 5.23 transformers runs Gemma 2 with `sdpa` and without its soft cap.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    model: PreTrainedModel = kind._from_config(
+        config, attn_implementation="eager" if capped else None
+    )
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

@@ -414,6 +414,8 @@ class PrunedCache(Cache):
 
     def _sight(self, layer: PageLayer) -> Sight | None:
         """What a layer may see, where that may not be all in the pass that runs."""
+        if layer.sight.size is None:
+            return None
         longest = max(n + len(real) for n, real in zip(self.seen, self._real, strict=True))
         return layer.sight if layer.sight.bounds(longest) or self._static else None
 
