@@ -24,10 +24,12 @@ test check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
 
-# The same, and the laws and the callers on both ends of the range of transformers.
+# The same, all model types, and the laws and the callers on both ends of the range of transformers.
 test-all: test $(ENDS:%=.venvs/%/ready)
+	$(BIN)/python -m pytest -q -m zoo tests/test_decoders.py
 	for end in $(ENDS); do \
-		.venvs/$$end/bin/python -m pytest -q tests/test_laws.py tests/test_callers.py || exit; \
+		.venvs/$$end/bin/python -m pytest -q tests/test_laws.py tests/test_callers.py \
+			tests/test_decoders.py || exit; \
 	done
 
 .venvs/%/ready: pyproject.toml constraints.txt

@@ -62,6 +62,7 @@ def convert(
 
     With an adapter it is tuned already; the bonus and the cap can still be changed.
     """
+    from ctxprune.pruner.checkpoints import checkpoint
     from ctxprune.pruner.checkpoints import convert as conversion
 
     settings = given(
@@ -80,5 +81,6 @@ def convert(
         trust_remote_code=trust_remote_code,
     )
     set_current(folder)
+    say(checkpoint.describe(folder)["layers"])
     following = "eval" if adapter else "tune --sparsity 0.8"
     say(f"wrote {folder}, now the current model; next: ctxprune {following}")

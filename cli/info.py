@@ -35,6 +35,7 @@ def info(
     for name, value in (
         ("base", about["provenance"].get("base", "")),
         ("model type", about["model_type"]),
+        ("layers", about["layers"] or "not noted"),
         ("parameters", f"{about['parameters']:,}"),
         ("added by the gates", f"{about['parameters_added']:,}"),
         ("tuned to sparsity", about["tuned_sparsity"] or "not tuned"),

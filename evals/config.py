@@ -19,7 +19,7 @@ class BenchConfig(FromMapping):
     """One benchmark.
 
     Attributes:
-        architecture: instead of a checkpoint, random weights of this shape: a family's name (its
+        architecture: instead of a checkpoint, random weights of this shape: a model type (its
             default configuration), a config.json, or a folder with one.
         batch, context: sequences, and tokens of their prompts; every pair is measured.
         unequal: the prompts of a batch are of unequal lengths, padded on the left: spread evenly

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from ctxprune.pruner.config import GenerateConfig
 from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.cache import PrunedCache
-from ctxprune.pruner.engine.dense import DenseCache
 from ctxprune.pruner.engine.handle import handle_of
 
 OnMemory = Callable[[list[str], list[float]], None]
@@ -130,7 +129,7 @@ class _Memory(BaseStreamer):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        cache: PrunedCache | DenseCache,
+        cache: PrunedCache | DynamicCache,
         on_memory: OnMemory,
     ) -> None:
         self._tokenizer = tokenizer

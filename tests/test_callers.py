@@ -558,7 +558,7 @@ def test_an_evicting_model_has_no_gradient(family: str, what: str) -> None:
     if what == "gates":
         model.ctxprune.gates.requires_grad_(True)
     if what == "attention":
-        layer = model.ctxprune.family.attentions(model)[0]
+        layer = model.ctxprune.decoder.layers[0].attention
         layer.requires_grad_(True)
     with pytest.raises(CtxpruneError, match=r"no gradient.*"):
         loss_of(model, ids).backward()
@@ -662,7 +662,7 @@ def test_nothing_to_read_is_refused(family: str) -> None:
 @levels
 def test_a_model_with_lora_still_evicts(family: str, sparsity: float) -> None:
     model, ids = model_at(sparsity, family), random_ids()
-    targets = list(model.ctxprune.family.lora_targets)
+    targets = list(model.ctxprune.decoder.lora_targets)
     wrapped: Any = get_peft_model(model, LoraConfig(target_modules=targets, r=2)).eval()
     expected = logits_of(reference(sparsity, family), ids)
     torch.testing.assert_close(logits_of(wrapped, ids), expected, rtol=0.0, atol=1e-6)

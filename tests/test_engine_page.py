@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ctxprune.pruner.engine.evict import evict, staying
 from ctxprune.pruner.engine.page import Held, New, Page, Queries
+from ctxprune.pruner.engine.weights import Logits
 from ctxprune.pruner.policies import Policy
 
 HEADS, WIDTH, WAITING = 2, 4, 16
@@ -112,7 +113,7 @@ def test_a_page_holds_what_a_dictionary_holds(
                 b: {p: float(page.key[b, 0, s, 0]) for p, s in slots_of(page, b, seen).items()}
                 for b in members
             }
-            evict(page, Scripted(), 0, members, [seen[b] for b in members], stay, 1.0)
+            evict(page, Scripted(), 0, members, [seen[b] for b in members], stay, Logits(1.0))
             for b, most in zip(members, stay, strict=True):
                 best = sorted(numbers[b], key=numbers[b].__getitem__, reverse=True)[:most]
                 rows = {p: expected[b][p] for p in best}
@@ -155,7 +156,7 @@ def test_growing_and_shrinking_keep_what_is_in_use() -> None:
     new = new_tokens(2, 4)
     page.write(new, 0, 0)
     page.used = [4, 4]
-    evict(page, Scripted(), 0, [0, 1], [4, 4], [4, 4], 1.0)
+    evict(page, Scripted(), 0, [0, 1], [4, 4], [4, 4], Logits(1.0))
     before = [rows_of(page, b, [4, 4]) for b in range(2)]
 
     def same() -> bool:
@@ -206,7 +207,7 @@ def test_weights_are_the_softmax_over_what_each_query_saw(ragged: bool) -> None:
     query = torch.randn(2, 2 * HEADS, 3, WIDTH)
     position = torch.tensor([[0, 1, 2] if n == 3 else [0, 1, -1] for n in counts])
     slots = torch.tensor(first)[:, None] if ragged else 5
-    queries = Queries(position, slots, None, 1, [0, 1], held, query, 0.5)
+    queries = Queries(position, slots, None, 1, [0, 1], held, query, Logits(0.5))
     expected = torch.zeros(2, 3, 8)
     for b in range(2):
         for q in range(counts[b]):

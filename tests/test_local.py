@@ -16,6 +16,7 @@ from test_soft import written_out
 
 from ctxprune.pruner.checkpoints.checkpoint import GATES, load
 from ctxprune.pruner.config import PruneConfig, TuneConfig
+from ctxprune.pruner.decoder import output_of
 from ctxprune.pruner.engine.handle import GATES as GATE_MODULES
 from ctxprune.pruner.engine.handle import Handle, handle_of
 from ctxprune.pruner.engine.soft import Level, prior
@@ -36,7 +37,7 @@ def local_pass(
 ) -> LocalAttention:
     """A forward pass that compares softly pruned attention with dense attention."""
     soft = LocalAttention(level or Level(1.5), CONFIG, sharpness=1.3)
-    with soft.watch(model), handle_of(model).running(soft):  # type: ignore[arg-type]
+    with soft.watch(handle_of(model).decoder), handle_of(model).running(soft):  # type: ignore[arg-type]
         model(ids, use_cache=False)
     return soft
 
@@ -53,19 +54,20 @@ def test_the_error_is_that_of_the_equations(tiny_folder: Make, family: str) -> N
     seen: dict[int, dict[str, torch.Tensor]] = {}
     attend = LocalAttention.attend
 
-    def noted(self, module, gate, layer, *tensors, scale):  # type: ignore[no-untyped-def]
-        seen[layer] = {"tensors": tensors, "x": self._residual[layer], "scale": scale}
-        seen[layer]["d"] = attend(self, module, gate, layer, *tensors, scale=scale)
+    def noted(self, module, gate, layer, *tensors, **options):  # type: ignore[no-untyped-def]
+        seen[layer] = {"tensors": tensors, "x": self._residual[layer], **options}
+        seen[layer]["d"] = attend(self, module, gate, layer, *tensors, **options)
         return seen[layer]["d"]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalAttention, "attend", noted)
         soft = local_pass(model, ids)
-    for layer, attention in enumerate(handle.family.attentions(model)):
+    for layer, of_layer in enumerate(handle.decoder.gated):
         saw = seen[layer]
-        pruned, _ = written_out(soft, handle.gate_list[layer], *saw["tensors"], scale=saw["scale"])
+        gate, scale = handle.gate_list[layer], saw["logits"].scale
+        pruned, _ = written_out(soft, gate, *saw["tensors"], scale=scale)
         change = (pruned - saw["d"]).transpose(1, 2).flatten(2)
-        weight = getattr(attention, handle.family.output).weight
+        weight = output_of(of_layer.attention).weight
         moved = change @ (weight if family == "gpt2" else weight.T)
         expected = (moved.norm(dim=-1) / saw["x"].norm(dim=-1)).square().mean()
         torch.testing.assert_close(soft.errors[layer], expected)
@@ -79,7 +81,7 @@ def test_the_model_runs_dense_and_only_gates_have_gradients(tiny_folder: Make, f
     soft = LocalAttention(Level(1.5), CONFIG)
     with torch.no_grad():
         dense = model(ids, use_cache=False).logits
-    with soft.watch(model), handle_of(model).running(soft):
+    with soft.watch(handle_of(model).decoder), handle_of(model).running(soft):
         logits = model(ids, use_cache=False).logits
     torch.testing.assert_close(logits, dense)
     local_loss(torch.stack(list(soft.errors.values()))).backward()
@@ -92,7 +94,7 @@ def test_the_model_runs_dense_and_only_gates_have_gradients(tiny_folder: Make, f
 
 def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The decoder blocks of a model."""
-    return handle_of(model).family.blocks(model)  # type: ignore[arg-type]
+    return [layer.block for layer in handle_of(model).decoder.gated]
 
 
 def test_twice_the_error_counts_alike_at_every_level() -> None:

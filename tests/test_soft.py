@@ -7,13 +7,17 @@ import weakref
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.decoder import Sight
 from ctxprune.pruner.engine import soft as soft_module
 from ctxprune.pruner.engine.soft import Level, SoftAttention, soft_attend
+from ctxprune.pruner.engine.weights import Logits
 from ctxprune.pruner.gate import Gate, free_pairs, log_survival, margin
 
 HEADS, KEY_HEADS, WIDTH, HIDDEN = 6, 2, 4, 12
+PLAIN = Sight()
 
 
 def written_out(
@@ -24,6 +28,9 @@ def written_out(
     value: Tensor,
     hidden: Tensor,
     scale: float = 0.5,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    sight: Sight = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """softmax(Q K^T scale + log I) V with n x n tensors, and the mean of I over j < k."""
     batch, length = hidden.shape[:2]
@@ -33,21 +40,33 @@ def written_out(
         *gate.interact(hidden), position, position, soft.level.log_window, soft.level.shift
     )
     causal = torch.ones(length, length, dtype=torch.bool).tril()
+    if sight.size is not None:
+        causal &= sight.sees(position[0][:, None], position)
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    product = (query @ key.transpose(-1, -2) * scale).masked_fill(~causal, -torch.inf)
+    product = query @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        product = softcap * (product / softcap).tanh()
+    product = product.masked_fill(~causal, -torch.inf)
+    if sinks is None:
+        sinks = product.new_full((query.shape[1],), -torch.inf)
+    # A column more, of a token that nobody reads.
+    sink = sinks[None, :, None, None].expand(batch, -1, length, 1)
     least = margin(scores, free)
-    bonus = bonus_written_out(soft, least.detach(), product.detach(), value.detach())
+    attended = torch.cat([product, sink], dim=-1).detach()
+    bonus = bonus_written_out(soft, least.detach(), attended, value.detach())
     log_kept = log_survival((least + bonus) * soft.sharpness, soft.alpha)
     kept = (log_kept.exp() * causal).sum() - batch * length
-    weights = (product + log_kept.clamp_min(-1e4)[:, None]).softmax(dim=-1)
+    logits = product + log_kept.clamp_min(-1e4)[:, None]
+    weights = torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
     return weights @ value, kept / (batch * length * (length - 1) / 2)
 
 
 def bonus_written_out(
     soft: SoftAttention, margins: Tensor, product: Tensor, value: Tensor
 ) -> Tensor:
-    """The bonus of all queries (b, n, n), one after another; product is -inf for later rows.
+    """The bonus of all queries (b, n, n), one after another; product is -inf for rows not seen,
+    and its last column is the sinks'.
 
     Within a chunk of queries the attention received is that under the bonus of the query before it.
     """
@@ -63,10 +82,12 @@ def bonus_written_out(
 
         def received(score: Tensor, k: int = k) -> Tensor:
             log_kept = log_survival(score * soft.sharpness, soft.alpha).clamp_min(-1e4)
-            return (product[:, :, k] + log_kept[:, None]).softmax(dim=-1).mean(dim=1)
+            logits = product[:, :, k] + F.pad(log_kept, (0, 1))[:, None]
+            return logits.softmax(dim=-1)[..., :-1].mean(dim=1)
 
         running = running + received(margins[:, k] + stale)
-        rows = slice(soft.config.protect_first, k + 1)
+        seen = product[0, 0, k, :-1] > -torch.inf
+        rows = seen & (torch.arange(len(seen)) >= soft.config.protect_first)
         worth = (running * size)[:, rows].log()
         usual = worth.mean(dim=1, keepdim=True) if worth.shape[1] else 0.0
         bonus[:, k, rows] = soft.config.attention_bonus * (worth - usual)
@@ -94,7 +115,7 @@ def test_values_and_gradients_are_those_of_the_equations(
     gate, tensors = case(24)
     config = PruneConfig(protect_first=2, protect_recent=3, attention_bonus=bonus)
     soft = SoftAttention(Level(1.5, 0.1), config, sharpness=1.7, alpha=alpha)
-    found = soft_attend(soft, gate, 0, *tensors, scale=0.5)
+    found = soft_attend(soft, gate, 0, *tensors, logits=Logits(0.5), sight=Sight())
     expected, kept = written_out(soft, gate, *tensors)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(soft.kept[0], kept)
@@ -108,12 +129,56 @@ def test_values_and_gradients_are_those_of_the_equations(
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("chunk", [7, 64])
+@pytest.mark.parametrize("bonus", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("softcap", "has_sinks", "sight"),
+    [
+        (0.7, False, PLAIN),
+        (None, True, PLAIN),
+        (None, False, Sight(6)),
+        (None, False, Sight(6, chunked=True)),
+        (0.7, True, Sight(9)),
+    ],
+    ids=["cap", "sinks", "window", "chunks", "all"],
+)
+def test_caps_sinks_and_windows_too(
+    softcap: float | None,
+    has_sinks: bool,
+    sight: Sight,
+    bonus: float,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also the gradient of the sinks."""
+    monkeypatch.setattr(soft_module, "CHUNK", chunk)
+    gate, tensors = case(24)
+    sinks = torch.linspace(-1, 2, HEADS, dtype=torch.float64).requires_grad_()
+    logits = Logits(0.5, softcap, sinks if has_sinks else None)
+    config = PruneConfig(protect_first=2, protect_recent=3, attention_bonus=bonus)
+    soft = SoftAttention(Level(1.5, 0.1), config, sharpness=1.7)
+    found = soft_attend(soft, gate, 0, *tensors, logits=logits, sight=sight)
+    expected, kept = written_out(
+        soft, gate, *tensors, softcap=softcap, sinks=logits.sinks, sight=sight
+    )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(soft.kept[0], kept)
+    probe = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
+    inputs = [*tensors, *gate.parameters(), *([sinks] if has_sinks else [])]
+    gradients = [
+        torch.autograd.grad((out * probe).sum() + 3 * share, inputs)
+        for out, share in ((found, soft.kept[0]), (expected, kept))
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("backward", [True, False])
 def test_nothing_of_a_pass_outlives_it(backward: bool) -> None:
     """Also without a backward pass, as where a checkpointed layer is computed again."""
     gate, tensors = case(24)
     soft = SoftAttention(Level(1.5), PruneConfig())
-    out = soft_attend(soft, gate, 0, *tensors, scale=0.5)
+    out = soft_attend(soft, gate, 0, *tensors, logits=Logits(0.5), sight=Sight())
     if backward:
         out.sum().backward()
     noted = weakref.ref(soft.kept[0])
@@ -129,5 +194,5 @@ def test_what_is_kept_for_the_backward_pass_grows_linearly() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (saved.append(tensor.numel()), tensor)[1], lambda tensor: tensor
     ):
-        soft_attend(soft, gate, 0, *tensors, scale=0.5)
+        soft_attend(soft, gate, 0, *tensors, logits=Logits(0.5), sight=Sight())
     assert sum(saved) < 512 * 512

@@ -120,13 +120,13 @@ def test_the_gates_dropper_is_the_query_that_scored_a_token_least(
     handle = handle_of(model)
     noted: dict[int, list[torch.Tensor]] = {layer: [] for layer in range(found.layers)}
     hooks = [
-        attention.register_forward_pre_hook(
+        of_layer.attention.register_forward_pre_hook(
             lambda module, args, kwargs, layer=layer: noted[layer].append(
                 args[0] if args else kwargs["hidden_states"]
             ),
             with_kwargs=True,
         )
-        for layer, attention in enumerate(handle.family.attentions(model))
+        for layer, of_layer in enumerate(handle.decoder.gated)
     ]
     try:
         trace(model, ids, pieces, "gate", SPARSITY)

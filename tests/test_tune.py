@@ -177,7 +177,7 @@ def test_gradients_with_checkpointing_are_those_without(family: str, train: str)
         model, handle = undropped(family)
         trained, groups = trainable(model, handle, config)
         trainee = Trainee(trained, handle, config).train()
-        attended = calls_of(handle.family.attentions(model)[1])
+        attended = calls_of(handle.decoder.layers[1].attention)
         loss, _ = trainee(random_ids(2, 96), 0.7, 2.0, 1.0)
         loss.backward()
         # Once for the teacher; once for the loss; once more where layers are computed again.

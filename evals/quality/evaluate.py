@@ -240,7 +240,7 @@ def _own_tasks(
     say: Callable[[str], None],
 ) -> dict[str, Callable[..., dict[str, Any]]]:
     """Those of our own that are asked for: name -> `score`, but for the level and the policy."""
-    longest = model.config.max_position_embeddings if handle_of(model).family.bounded else None
+    longest = handle_of(model).decoder.positions
     runs: dict[str, Callable[..., dict[str, Any]]] = {}
     if retrieval.NAME in config.tasks:
         prompts = retrieval.prompts(

@@ -130,8 +130,12 @@ class Comparison:
         evicting = [lane for lane in pruned if self._evicts(lane)]
         if config.compile:
             yield from (Lane(PRUNED, lane.sparsity, compiled=True) for lane in evicting)
-        if ORACLE in config.modes:
+        if ORACLE not in config.modes:
+            return
+        if isinstance(self.handle.dense_cache(), DenseCache):
             yield from (Lane(ORACLE, lane.sparsity, pruned=lane) for lane in evicting)
+        else:
+            self.on_event("no oracle: some layers of this model have windows or states")
 
     @torch.inference_mode()
     def measure(self) -> list[dict[str, Any]]:

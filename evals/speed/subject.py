@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,11 +26,10 @@ from ctxprune.pruner.checkpoints.checkpoint import (
 )
 from ctxprune.pruner.checkpoints.convert import embedded_folder
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.decoder import check_type
 from ctxprune.pruner.device import Place
-from ctxprune.pruner.engine.handle import DENSE, attach, new_gates
+from ctxprune.pruner.engine.handle import attach, handle_of, new_gates
 from ctxprune.pruner.errors import CtxpruneError, choose
-from ctxprune.pruner.families import family_of
-from ctxprune.pruner.families import names as family_names
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,16 @@ def from_architecture(name: str, positions: int, where: Place, *, seed: int) -> 
     """Random weights and new gates, which give every layer as many rows.
 
     Args:
-        name: a family, whose default configuration gets as many `positions` as are needed; or a
-            config.json or a folder with one, which is taken as it is.
+        name: a model type, whose default configuration gets as many `positions` as are needed; or
+            a config.json or a folder with one, which is taken as it is.
 
     Raises:
         CtxpruneError: no such architecture, or one that is not supported.
     """
     config, enlarged = _configuration(name, positions)
     torch.manual_seed(seed)
-    dtype = where.dtype or config.dtype or torch.get_default_dtype()
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=DENSE)
+    kind: Any = check_type(config)
+    model = kind.from_config(config, dtype=where.dtype or config.dtype or torch.get_default_dtype())
     model.to(where.device).eval()
     gates = new_gates(model, PruneConfig(), seed)
     # Not tuned, but calibrated evenly: the rows and the cost of a gate that was.
@@ -83,26 +84,31 @@ def _configuration(name: str, positions: int) -> tuple[PretrainedConfig, bool]:
     """The configuration, and whether its positions were enlarged."""
     path = Path(name)
     if not path.exists():
-        config = AutoConfig.for_model(choose("architecture", name, family_names()))
-        enlarged = positions > config.max_position_embeddings
+        known = list(CONFIG_MAPPING.keys())
+        near = difflib.get_close_matches(name, known) or ["gpt2", "llama", "qwen3"]
+        choose("architecture", name, known if name in known else near)
+        config = AutoConfig.for_model(name)
+        check_type(config)
+        text = config.get_text_config(decoder=True)
+        enlarged = positions > getattr(text, "max_position_embeddings", positions)
         if enlarged:
-            config.max_position_embeddings = positions
+            text.max_position_embeddings = positions
         return config, enlarged
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise CtxpruneError(
             f"`{name}` is no architecture: {first_line(error)}",
-            "give a config.json, a folder with one, or the name of a family",
+            "give a config.json, a folder with one, or a model type",
         ) from error
-    family_of(config)
+    check_type(config)
     return config, False
 
 
 def check_positions(model: PreTrainedModel, context: int, decoded: int) -> None:
     """Raise CtxpruneError unless the model has positions for a context and what is decoded."""
-    limit = model.config.max_position_embeddings
-    if family_of(model.config).bounded and context + decoded > limit:
+    limit = handle_of(model).decoder.positions
+    if limit is not None and context + decoded > limit:
         raise CtxpruneError(
             f"a context of {context} and {decoded} decoded tokens need {context + decoded} "
             f"positions, this model has {limit}",

@@ -24,11 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.decoder import decoder_of
 from ctxprune.pruner.engine.handle import new_gates
 from ctxprune.pruner.errors import CtxpruneError
-from ctxprune.pruner.families import family_of
 
 FILE = "adapter.ctxprune"
 LORA, GATES = "lora/", "gates/"
@@ -57,11 +58,12 @@ def wrap(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     Its factor is 2 at any rank, so that the matrices of two runs can be stacked. What peft returns
     is a module of its own kind that stands for the model.
     """
+    targets = list(decoder_of(model).lora_targets)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=list(family_of(model.config).lora_targets),
-        fan_in_fan_out=model.config.model_type == "gpt2",
+        target_modules=targets,
+        fan_in_fan_out=any(type(model.get_submodule(name)) is Conv1D for name in targets),
     )
     return get_peft_model(model, config)  # type: ignore[return-value]
 

@@ -22,15 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from ctxprune.pruner.config import PruneConfig, check_sparsity
+from ctxprune.pruner.decoder import check_type, decoder_of
 from ctxprune.pruner.device import AUTO, DeviceMap, Place, place
-from ctxprune.pruner.engine.handle import DENSE, attach
+from ctxprune.pruner.engine.handle import attach
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.gate import Gate
 
@@ -145,6 +146,7 @@ def write(
         "format": 1,
         "version": version("ctxprune"),
         "config": raw,
+        "layers": decoder_of(model).describe(),
         "provenance": dict(provenance),
     }
     text = json.dumps(settings, indent=2) + "\n"
@@ -203,14 +205,15 @@ def load_dense(folder: Path, where: Place) -> PreTrainedModel:
         CtxpruneError: weights missing, damaged, or only there as a pickle; too large for a device.
     """
     check_weights(folder)
-    options: dict[str, Any] = {"dtype": where.dtype or AUTO, "attn_implementation": DENSE}
+    options: dict[str, Any] = {"dtype": where.dtype or AUTO}
     with ExitStack() as stack:
         if where.parts is not None:
             # What fits into no memory is read from files of its own, pass by pass.
             kept = stack.enter_context(TemporaryDirectory(prefix="ctxprune-"))
             options |= {"device_map": where.parts, "offload_folder": kept}
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            kind: Any = check_type(AutoConfig.from_pretrained(folder))
+            loaded: Any = kind.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, **options
             )
         except ImportError as error:
@@ -289,7 +292,8 @@ def _load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn
         raise CtxpruneError(
             f"`{folder / GATES}` is missing or damaged: {first_line(error)}", "convert again"
         ) from error
-    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    decoder = decoder_of(model)
+    layers, width = len(decoder.gated), decoder.width
     gates = nn.ModuleList(Gate(width, config.rank) for _ in range(layers))
     expected = {name: tensor.shape for name, tensor in gates.state_dict().items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != expected:
@@ -317,6 +321,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "model_type": raw["model_type"],
+        "layers": settings.get("layers"),
         "parameters": total,
         "parameters_added": added,
         "policy": "gate",

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -20,11 +19,12 @@ from transformers import (
 
 from ctxprune.pruner.checkpoints import adapter as adapters
 from ctxprune.pruner.checkpoints import checkpoint
+from ctxprune.pruner.checkpoints.agreement import check_agreement
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.decoder import check_type
 from ctxprune.pruner.device import Place
-from ctxprune.pruner.engine.handle import DENSE, new_gates
+from ctxprune.pruner.engine.handle import attach, new_gates
 from ctxprune.pruner.errors import CtxpruneError
-from ctxprune.pruner.families import family_of
 
 
 def convert(
@@ -47,7 +47,8 @@ def convert(
         trust_remote_code: let a hub repository run its own code.
 
     Raises:
-        CtxpruneError: missing, damaged or unsupported source; `out` exists; no space left.
+        CtxpruneError: missing, damaged or unsupported source, or one whose attention is not what
+            was derived of it (`agreement`); `out` exists; no space left.
     """
     checkpoint.refuse_existing(out, force=force)
     config = PruneConfig.from_mapping(settings, "the settings")
@@ -70,12 +71,16 @@ def convert(
     else:
         model, tokenizer = _from_hub(source, trust_remote_code=trust_remote_code)
         name = source
+    # Of training there is none here, and dropout would differ from pass to pass.
+    model.eval()
     provenance = {"base": name}
     if tuned is None:
         gates = new_gates(model, config)
     else:
         model, gates, config = adapters.apply(tuned, model, settings)
         provenance = {**tuned.about["provenance"], "base": name}
+    attach(model, gates, config)
+    check_agreement(model)
     with checkpoint.staged(out, force=force) as folder:
         checkpoint.write(folder, model, gates, config, tokenizer, provenance)
         if tuned is not None:
@@ -91,10 +96,9 @@ def embedded_folder() -> AbstractContextManager[Path]:
 def _from_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not (folder / "config.json").is_file():
         raise CtxpruneError(f"`{folder}` has no config.json", "give the folder of a model")
-    _check_family(str(folder))
-    return checkpoint.load_dense(
-        folder, Place(torch.device("cpu"), None)
-    ), checkpoint.load_tokenizer(folder)
+    _kind_of(str(folder))
+    model = checkpoint.load_dense(folder, Place(torch.device("cpu"), None))
+    return model, checkpoint.load_tokenizer(folder)
 
 
 def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -108,10 +112,8 @@ def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         ) from error
     where: dict[str, Any] = {"gguf_file": path.name}
     try:
-        _check_family(str(path.parent), **where)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.float32, attn_implementation=DENSE, **where
-        )
+        kind = _kind_of(str(path.parent), **where)
+        model = kind.from_pretrained(path.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     except CtxpruneError:
         raise
@@ -133,10 +135,8 @@ def _from_hub(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        _check_family(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto", attn_implementation=DENSE, use_safetensors=True, **options
-        )
+        kind = _kind_of(source, **options)
+        model = kind.from_pretrained(source, dtype="auto", use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise CtxpruneError(
@@ -147,12 +147,12 @@ def _from_hub(
     return model, tokenizer
 
 
-def _check_family(source: str, **options: Any) -> None:
-    """Refuse an unsupported architecture before its weights are read."""
+def _kind_of(source: str, **options: Any) -> Any:
+    """The class that loads a model; refuses what writes no text before its weights are read."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
     except (ValueError, KeyError) as error:
         raise CtxpruneError(
             f"`{source}` is not a model that transformers knows: {checkpoint.first_line(error)}"
         ) from error
-    family_of(config)
+    return check_type(config)

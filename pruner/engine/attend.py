@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.autograd import profiler
 from torch.nn import functional as F
 
+from ctxprune.pruner.decoder import Sight
 from ctxprune.pruner.engine.page import New, Page
+from ctxprune.pruner.engine.weights import Logits, hiding, softmax_weights
 
 
 def span(name: str) -> AbstractContextManager[object]:
@@ -23,22 +25,35 @@ def span(name: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def step(page: Page, new: New, query: Tensor, scale: float) -> Tensor:
+def step(page: Page, new: New, query: Tensor, logits: Logits, sight: Sight | None) -> Tensor:
     """Attend with one new token a sequence, where all sequences hold equally many rows.
 
-    query: (b, h, 1, d); returns the same shape. The host knows the count, so only slots in use are
-    read.
+    The host knows the count, so only slots in use are read.
+
+    Args:
+        query: (b, h, 1, d). logits: how weights come of it.
+        sight: what it may see, by the positions of the page; None: all.
+
+    Returns:
+        (b, h, 1, d), d of the values.
     """
     count = page.used[0]
     with span("eviction"):
         page.write(new, count, count - page.settled[0])
     with span("attention"):
         key, value = page.key[:, :, : count + 1], page.value[:, :, : count + 1]
-        return grouped_sdpa(query, key, value, None, scale)
+        visible = None if sight is None else in_sight(page, new, sight, count + 1)
+        return attention(query, key, value, visible, logits)
 
 
 def static_step(
-    page: Page, new: New, query: Tensor, scale: float, place: Tensor, stop: int | None
+    page: Page,
+    new: New,
+    query: Tensor,
+    logits: Logits,
+    sight: Sight | None,
+    place: Tensor,
+    stop: int | None,
 ) -> Tensor:
     """The same by counts on the device: nothing of it depends on a number of the host.
 
@@ -52,7 +67,27 @@ def static_step(
     with span("attention"):
         key, value = page.key[:, :, :stop], page.value[:, :, :stop]
         visible = torch.arange(key.shape[2], device=key.device) <= place[0, :, None, None]
-        return grouped_sdpa(query, key, value, visible, scale)
+        if sight is not None:
+            visible = visible & in_sight(page, new, sight, stop)
+        return attention(query, key, value, visible, logits)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, logits: Logits
+) -> Tensor:
+    """`grouped_sdpa` where it computes these logits; else the same, written out."""
+    if logits.plain:
+        return grouped_sdpa(query, key, value, mask, logits.scale)
+    if mask is not None and mask.dim() == 3:
+        mask = hiding(query, key, mask)
+    weights = softmax_weights(query, key, mask, logits)
+    return (weights.to(value.dtype) @ value).view(*query.shape[:-1], value.shape[-1])
+
+
+def in_sight(page: Page, new: New, sight: Sight, stop: int | None) -> Tensor:
+    """(b, q, r) bool: what new tokens may see of the first `stop` slots, by their positions."""
+    assert new.position is not None
+    return sight.sees(new.position[:, :, None], page.position[:, None, :stop])
 
 
 def grouped_sdpa(

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ctxprune.pruner.decoder import Sight
 from ctxprune.pruner.engine.page import Held, Page, Queries
+from ctxprune.pruner.engine.weights import Logits
 from ctxprune.pruner.policies import Policy
 
 
@@ -19,16 +21,18 @@ def evict(
     members: Sequence[int],
     seen: Sequence[int],
     stay: Sequence[int],
-    scale: float,
+    logits: Logits,
     expires: Tensor | None = None,
+    sight: Sight | None = None,
 ) -> None:
     """Ask the policy about some sequences of a layer, and let rows go.
 
     Args:
         members: the sequences. seen: tokens that each has read. stay: rows that each may keep.
-        scale: of the attention's logits.
+        logits: how the attention's weights come of products.
         expires: optional (b, total) int64, indexed by position: entry j is set to the position of
             the first query that does not see token j any more.
+        sight: what queries may see, where that is not all: rows that no later one sees leave first.
     """
     used = [page.used[i] for i in members]
     settled = [page.settled[i] for i in members]
@@ -48,11 +52,15 @@ def evict(
     else:
         position, first, rows = _settle_each(held, policy, settled, used, ages, stay)
     query, features = page.waits(index, count)
-    queries = Queries(position, first, features, rows, members, held, query, scale)
+    queries = Queries(position, first, features, rows, members, held, query, logits, sight=sight)
     policy.remember(layer, held, queries)
     order = None
     score = policy.score(layer, held, queries)
     if stay != used:
+        if sight is not None:
+            now = torch.tensor(seen, device=score.device)[:, None]
+            unseen = ~sight.sees(now, held.position)
+            score = score.masked_fill(unseen, torch.finfo(score.dtype).min)
         if isinstance(rows, Tensor):
             score = score.masked_fill(held.position < 0, -torch.inf)
         order = score.argsort(dim=1, stable=True)
@@ -99,7 +107,8 @@ def note(
     which, at = ((place < order.shape[1] - stay) & (position >= 0)).nonzero(as_tuple=True)
     which, gone = which.to(expires.device), position[which, at].to(expires.device)
     sequence, now = torch.tensor([members, seen], device=expires.device)[:, which]
-    expires[sequence, gone] = now
+    # It may have been out of sight before.
+    expires[sequence, gone] = torch.minimum(expires[sequence, gone], now)
 
 
 def settle(held: Held, policy: Policy, first: int, stop: int, ages: Sequence[int]) -> Tensor:

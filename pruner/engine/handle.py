@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from ctxprune.pruner import policies
 from ctxprune.pruner.config import PruneConfig, check_max_rows, check_sparsity
+from ctxprune.pruner.decoder import Decoder, decoder_of
 from ctxprune.pruner.device import device_of
 from ctxprune.pruner.engine import hooks
 from ctxprune.pruner.engine.cache import BLOCK, PrunedCache
@@ -25,11 +27,9 @@ from ctxprune.pruner.engine.dense import DenseCache
 from ctxprune.pruner.engine.modes import Evict, Mode, Off
 from ctxprune.pruner.engine.usage import Usage
 from ctxprune.pruner.errors import CtxpruneError, choose
-from ctxprune.pruner.families import Family, family_of
 from ctxprune.pruner.gate import Gate, gate_dtype
 from ctxprune.pruner.rows import PROTOCOLS
 
-DENSE = "sdpa"
 GATES = "ctxprune_gates"
 # What `running` and `measure` say holds for the code inside them alone, also among threads.
 _modes: ContextVar[tuple[tuple[int, Mode], ...]] = ContextVar("modes", default=())
@@ -40,17 +40,16 @@ class Handle:
     """What a model drops: a policy and a sparsity, chosen by `use`, or by `running` for a while.
 
     Attributes:
-        config: of the model. positions: that it has learned; None: any number.
+        decoder: what was derived of the model. config: of its gates.
         sparsity, max_rows, evict: as chosen. static: single tokens are placed by counts on the
             device, so that a compiled step serves all of them. block: queries a pass of attention.
         last_cache: the last one that was made.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family, config: PruneConfig) -> None:
-        self.family = family
+    def __init__(self, model: PreTrainedModel, decoder: Decoder, config: PruneConfig) -> None:
+        self.decoder = decoder
         self.config = config
         self.model = model
-        self.positions = model.config.max_position_embeddings if family.bounded else None
         self.sparsity = 0.0
         self.max_rows: int | None = None
         self.evict = PROTOCOLS[0]
@@ -176,7 +175,7 @@ class Handle:
 
         Shapes are static: a step is compiled once for a batch, and serves until pages change.
         """
-        decoder: Any = self.model.base_model
+        decoder: Any = self.decoder.module
         eager = decoder.forward
         if self._compiled is None:
             self._compiled = torch.compile(eager, dynamic=False)
@@ -224,17 +223,24 @@ class Handle:
             check_max_rows(rows, self.config.protect_first + self.config.protect_recent)
         return rows
 
-    def cache(self, *, record: bool = False) -> PrunedCache | DenseCache:
+    def cache(self, *, record: bool = False) -> PrunedCache | DynamicCache:
         """A fresh cache for what was chosen; `record` as in `PrunedCache`."""
         mode = self.mode
-        return self.new_cache(mode, record=record) if isinstance(mode, Evict) else DenseCache()
+        return (
+            self.new_cache(mode, record=record) if isinstance(mode, Evict) else self.dense_cache()
+        )
+
+    def dense_cache(self) -> DynamicCache:
+        """The model's own cache; written in place, where its layers are nothing but rows."""
+        own = DynamicCache(config=self.decoder.config)
+        return DenseCache() if all(type(layer) is DynamicLayer for layer in own.layers) else own
 
     def new_cache(self, mode: Evict, *, record: bool = False) -> PrunedCache:
         """A cache for a mode."""
         usage = next((u for owner, u in reversed(_usages.get()) if owner == id(self)), None)
         self.last_cache = PrunedCache(
             mode.policy,
-            len(self.gates),
+            self.decoder,
             dial=mode.dial,
             block=self.block,
             usage=usage,
@@ -249,22 +255,21 @@ def attach(model: PreTrainedModel, gates: nn.ModuleList, config: PruneConfig) ->
     Each gate goes to the device of its layer, and computes in float32 at least.
 
     Raises:
-        CtxpruneError: the family is not supported, or the gates do not fit the model.
+        CtxpruneError: the model is not supported, or the gates do not fit it.
     """
-    family = family_of(model.config)
-    attentions = family.attentions(model)
-    hidden_size = model.config.hidden_size
+    decoder = decoder_of(model)
+    count, width = len(decoder.gated), decoder.width
     widths = {gate.query.in_features for gate in gates if isinstance(gate, Gate)}
-    if len(gates) != len(attentions) or widths != {hidden_size}:
+    if len(gates) != count or widths != {width}:
         raise CtxpruneError(
             f"these gates do not fit the model: {len(gates)} gates of width "
-            f"{sorted(widths)} for {len(attentions)} layers of width {hidden_size}",
+            f"{sorted(widths)} for {count} layers of width {width}",
             "convert the model again",
         )
-    for gate, attention in zip(gates, attentions, strict=True):
-        gate.to(device=device_of(attention), dtype=gate_dtype(model.dtype))
-    hooks.enroll(model.config)
-    handle = Handle(model, family, config)
+    for gate, layer in zip(gates, decoder.gated, strict=True):
+        gate.to(device=device_of(layer.attention), dtype=gate_dtype(model.dtype))
+    hooks.enroll(decoder.config)
+    handle = Handle(model, decoder, config)
     model.add_module(GATES, gates)
     # The gates have a file of their own: any other tool loads the folder as a plain dense model.
     ignored = [
@@ -272,11 +277,13 @@ def attach(model: PreTrainedModel, gates: nn.ModuleList, config: PruneConfig) ->
         *(f"{GATES}.{n}" for n in gates.state_dict()),
     ]
     object.__setattr__(model, "_keys_to_ignore_on_save", ignored)
-    entry = hooks.Entry(handle, model.base_model)
-    model.base_model.register_forward_pre_hook(entry.before, with_kwargs=True)
-    model.base_model.register_forward_hook(entry.after, with_kwargs=True)
-    for layer, attention in enumerate(attentions):
-        attention.register_forward_pre_hook(partial(hooks.give_turn, layer), with_kwargs=True)
+    for module in dict.fromkeys((decoder.module, model.base_model)):
+        entry = hooks.Entry(handle, module)
+        module.register_forward_pre_hook(entry.before, with_kwargs=True)
+        module.register_forward_hook(entry.after, with_kwargs=True)
+    for number, layer in enumerate(decoder.layers):
+        hook = partial(hooks.give_turn, number)
+        layer.attention.register_forward_pre_hook(hook, with_kwargs=True)
     object.__setattr__(model, "ctxprune", handle)
     object.__setattr__(model, "generate", entry.generate)
     return handle
@@ -291,7 +298,7 @@ def handle_of(model: nn.Module) -> Handle:
 
 def new_gates(model: PreTrainedModel, config: PruneConfig, seed: int = 0) -> nn.ModuleList:
     """Fresh gates for a model, float32: their margins are those of "sinks + window" until tuned."""
-    count = len(family_of(model.config).attentions(model))
+    decoder = decoder_of(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.ModuleList(Gate(model.config.hidden_size, config.rank) for _ in range(count))
+        return nn.ModuleList(Gate(decoder.width, config.rank) for _ in decoder.gated)

@@ -20,10 +20,12 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, StaticCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
+from ctxprune.pruner.decoder import Sight
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.dense import DenseCache, DenseLayer, dense_attention
 from ctxprune.pruner.engine.modes import Evict, Off, Turn
 from ctxprune.pruner.engine.soft import SoftAttention
+from ctxprune.pruner.engine.weights import Logits
 from ctxprune.pruner.errors import CtxpruneError
 
 if TYPE_CHECKING:
@@ -33,6 +35,26 @@ PREFIX = "ctxprune-"
 # What transformers calls the cache of a forward pass before 5.24, and takes ever after.
 OLD_NAME = "past_key_values"
 MASKS: dict[str, Callable[..., Any]] = {"sdpa": sdpa_mask, "eager": eager_mask}
+# Options that models hand to their attention function and that change nothing of what it computes:
+# outputs that are wanted, and arguments of `generate` and of the whole pass that are passed on.
+HARMLESS = frozenset(
+    (
+        "cache",
+        "cache_position",
+        "input_ids",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "tokenizer",
+        "use_cache",
+    )
+)
 
 
 def enroll(config: PreTrainedConfig) -> None:
@@ -46,7 +68,8 @@ def enroll(config: PreTrainedConfig) -> None:
         return
     if dense not in MASKS:
         raise CtxpruneError(
-            f"attention implementation `{dense}` is not supported", "load the model with `sdpa`"
+            f"attention implementation `{dense}` is not supported",
+            "load the model with `sdpa` or `eager`",
         )
     name = f"{PREFIX}{dense}"
     AttentionInterface.register(name, {"sdpa": _sdpa, "eager": _eager}[dense])
@@ -55,7 +78,11 @@ def enroll(config: PreTrainedConfig) -> None:
 
 
 class Entry:
-    """The hooks of a decoder, which begin and end a forward pass, and of `generate`."""
+    """The hooks of a decoder, which begin and end a forward pass, and of `generate`.
+
+    Where a decoder is inside of another module, both have them: the one that is called first
+    begins the pass.
+    """
 
     def __init__(self, handle: Handle, decoder: nn.Module) -> None:
         self.handle = handle
@@ -71,12 +98,18 @@ class Entry:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """See to the cache, and add the turn."""
         handle, mode = self.handle, self.handle.mode
+        if "turn" in kwargs:
+            return args, kwargs
         kwargs = self._named({**dict(zip(self.names, args, strict=False)), **kwargs})
         past = kwargs.get(self.past)
+        if kwargs.get("logits_to_keep") is not None:
+            # Gemma 4 drops the other queries before its last layers, unless attention has a name
+            # that it knows; the head drops them too.
+            kwargs["logits_to_keep"] = 0
         if isinstance(mode, Off):
-            _write_in_place(past)
+            _write_in_place(handle, past)
             return (), kwargs
-        enroll(handle.model.config)
+        enroll(handle.decoder.config)
         cache = None
         if isinstance(mode, Evict):
             _check_training(decoder)
@@ -84,7 +117,8 @@ class Entry:
             if cache.length is not None and kwargs.get("position_ids") is not None:
                 # The pages know what may be seen, and a compiled step guards on a mask's length.
                 kwargs["attention_mask"] = None
-        turn = Turn(mode, handle.gate_list, cache, scored=past is None)
+        layers = handle.decoder.layers
+        turn = Turn(mode, handle.gate_list, layers, cache, scored=past is None, root=decoder)
         return (), {**kwargs, "turn": turn}
 
     def after(
@@ -92,7 +126,11 @@ class Entry:
     ) -> Any:
         """Hold the eviction steps that single tokens reached."""
         turn = kwargs.get("turn")
-        if turn is None or turn.cache is None:
+        if turn is None or turn.root is not decoder:
+            return output
+        if isinstance(turn.mode, SoftAttention) and len(turn.mode.kept) != len(turn.gates):
+            raise _bypassed()
+        if turn.cache is None:
             return output
         cache = turn.cache
         cache.finish()
@@ -100,7 +138,7 @@ class Entry:
             cache.usage.end(cache.rows, cache.seen)
         wanted = kwargs.get("use_cache")
         if wanted is None:
-            wanted = self.handle.model.config.use_cache
+            wanted = self.handle.decoder.config.use_cache
         if turn.scored and not wanted:
             # The caller wants none, and `generate` would go on with one that it gets.
             if isinstance(output, tuple):
@@ -141,14 +179,14 @@ class Entry:
 
 
 def give_turn(
-    layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hook of an attention module: its layer and its input (b, n, hidden_size)."""
+    """Hook of an attention module: the number of its layer, and its input (b, n, hidden_size)."""
     turn = kwargs.get("turn")
     if turn is None:
         return args, kwargs
     hidden = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, "turn": turn.at(layer, hidden)}
+    return args, {**kwargs, "turn": turn.at(number, hidden)}
 
 
 def _begin(handle: Handle, mode: Evict, past: Any, kwargs: dict[str, Any]) -> PrunedCache:
@@ -162,7 +200,7 @@ def _begin(handle: Handle, mode: Evict, past: Any, kwargs: dict[str, Any]) -> Pr
     if tokens is None:
         raise CtxpruneError("give either `input_ids` or `inputs_embeds`")
     batch, length = tokens.shape[:2]
-    if kwargs.get("output_attentions") or handle.model.config.output_attentions:
+    if kwargs.get("output_attentions") or handle.decoder.config.output_attentions:
         raise CtxpruneError(
             "an evicting model has no attention matrix to give: its rows are not all tokens",
             "ask for `output_attentions` at sparsity 0, or see `ctxprune inspect`",
@@ -185,7 +223,7 @@ def _pruned(handle: Handle, mode: Evict, past: Any) -> PrunedCache:
                 f"this cache was begun with {past.dial}, not with {mode.dial}",
                 "go on as it was begun, or start with an empty cache",
             )
-        if not torch.is_inference_mode_enabled() and any(p.key.is_inference() for p in past.pages):
+        if not torch.is_inference_mode_enabled() and past.is_inference:
             # What was made in that mode cannot be written outside of it.
             PrunedCache.adopt(past, copy.deepcopy(past))
         return past
@@ -203,7 +241,7 @@ def _pruned(handle: Handle, mode: Evict, past: Any) -> PrunedCache:
     return handle.last_cache
 
 
-def _write_in_place(past: Any) -> None:
+def _write_in_place(handle: Handle, past: Any) -> None:
     """Have the cache of a dense pass written in place.
 
     Raises:
@@ -216,8 +254,9 @@ def _write_in_place(past: Any) -> None:
                 "come back",
                 "go on as it was begun, or start with an empty cache",
             )
-        past.__class__ = DenseCache  # type: ignore[assignment]
-        past.__dict__ = vars(DenseCache())
+        dense = handle.dense_cache()
+        past.__class__ = type(dense)  # type: ignore[assignment]
+        past.__dict__ = vars(dense)
     elif isinstance(past, DynamicCache) and not past.offloading:
         if past.layer_class_to_replicate is DynamicLayer:
             past.layer_class_to_replicate = DenseLayer
@@ -242,7 +281,7 @@ def _no_gradient() -> CtxpruneError:
 
 def _check_positions(handle: Handle, tokens: int) -> None:
     """Raise CtxpruneError beyond the learned positions of a model."""
-    limit = handle.positions
+    limit = handle.decoder.positions
     if limit is not None and tokens > limit:
         raise CtxpruneError(
             f"this model has positions for {limit} tokens, not {tokens}",
@@ -306,28 +345,108 @@ class _NoGradient(torch.autograd.Function):
 
 def _attend(
     turn: Turn,
+    dense: Callable[[], Tensor],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    mask: Tensor | None,
     scaling: float | None,
+    options: Mapping[str, Any],
 ) -> Tensor:
-    """Attention (b, n, h, d) of a layer's turn."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    hidden = turn.hidden
+    """Attention (b, n, h, d) of a layer's turn; `dense` gives that of the model itself.
+
+    Raises:
+        CtxpruneError: the model asks for something that is not understood.
+    """
+    if turn.number is None:
+        # Of an encoder of images beside the decoder.
+        return dense()
+    layer, hidden = turn.layers[turn.number], turn.hidden
     assert hidden is not None
+    if not query.shape[2] == key.shape[2] == hidden.shape[1]:
+        raise _misfit(module, "attends to keys that are not those of its own tokens")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    logits = _understood(module, layer.sight, scale, options)
     if isinstance(turn.mode, SoftAttention):
-        gate = turn.gates[turn.layer]
-        out = turn.mode.attend(module, gate, turn.layer, query, key, value, hidden, scale=scale)
+        if layer.gate is None:
+            return dense()
+        _check_mask(turn, module, layer.sight, mask, query.shape[2])
+        out = turn.mode.attend(
+            module,
+            turn.gates[layer.gate],
+            layer.gate,
+            query,
+            key,
+            value,
+            hidden,
+            logits=logits,
+            sight=layer.sight,
+            dense=dense,
+        )
         return out.transpose(1, 2).contiguous()
     assert turn.cache is not None
+    if mask is not None:
+        raise _misfit(module, "brings a mask of its own")
     with torch.no_grad():
-        out = turn.cache.attend(turn.layer, query, key, value, hidden, scale)
+        out = turn.cache.attend(turn.number, query, key, value, hidden, logits)
         out = out.transpose(1, 2).contiguous()
     if torch.is_grad_enabled():
-        sources = query, key, value, *turn.gates[turn.layer].parameters()
-        out = _NoGradient.apply(out, *sources)  # type: ignore[no-untyped-call]
+        gate = [] if layer.gate is None else turn.gates[layer.gate].parameters()
+        out = _NoGradient.apply(out, query, key, value, *gate)  # type: ignore[no-untyped-call]
     return out
+
+
+def _understood(
+    module: nn.Module, sight: Sight, scale: float, options: Mapping[str, Any]
+) -> Logits:
+    """How weights come of products, by the options of an attention call.
+
+    Raises:
+        CtxpruneError: an option is not understood, or contradicts what the layer may see.
+    """
+    known = ("softcap", "s_aux", "sliding_window", "is_causal", "dropout")
+    for name, value in options.items():
+        if value is not None and value is not False and name not in (*known, *HARMLESS):
+            raise _misfit(module, f"attends with an option `{name}`, which is not known here")
+    window = options.get("sliding_window")
+    if window is not None and (sight.chunked or window != sight.size):
+        raise _misfit(module, f"asks for a window of {window}, not of {sight.size}")
+    if options.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise _misfit(module, "is not causal")
+    if options.get("dropout"):
+        raise _misfit(module, "drops some of its weights, as in training")
+    return Logits(scale, options.get("softcap"), options.get("s_aux"))
+
+
+def _check_mask(
+    turn: Turn, module: nn.Module, sight: Sight, mask: Tensor | None, length: int
+) -> None:
+    """Raise CtxpruneError for a mask (b, 1, n, n) that hides other than what is out of sight."""
+    if mask is None or any(mask is known for known in turn.masks):
+        return
+    place = torch.arange(length, device=mask.device)
+    visible = place[:, None] >= place
+    if sight.bounds(length):
+        visible = visible & sight.sees(place[:, None], place)
+    shown = mask if mask.dtype == torch.bool else mask == 0
+    if shown.shape[-2:] != visible.shape or not bool((shown == visible).all()):
+        raise _misfit(module, "brings a mask of its own")
+    turn.masks.append(mask)
+
+
+def _misfit(module: nn.Module, what: str) -> CtxpruneError:
+    return CtxpruneError(
+        f"`{type(module).__name__}` {what}, so its attention cannot be exchanged",
+        "use the model at sparsity 0",
+    )
+
+
+def _bypassed() -> CtxpruneError:
+    return CtxpruneError(
+        "a layer of this model does not call the attention function with what the pass gave it",
+        "use the model at sparsity 0",
+    )
 
 
 def _sdpa(
@@ -341,9 +460,12 @@ def _sdpa(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a model that runs `sdpa` otherwise: (b, h, n, d) in, (b, n, h, d) out."""
-    if turn is not None:
-        return _attend(turn, module, query, key, value, scaling), None
-    return dense_attention(module, query, key, value, attention_mask, scaling=scaling, **options)
+    tensors = module, query, key, value, attention_mask
+
+    def dense() -> Tensor:
+        return dense_attention(*tensors, scaling=scaling, **options)[0]
+
+    return (dense() if turn is None else _attend(turn, dense, *tensors, scaling, options)), None
 
 
 def _eager(
@@ -357,23 +479,42 @@ def _eager(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The same where it runs `eager`: the function of the model's own module."""
-    if turn is not None:
-        return _attend(turn, module, query, key, value, scaling), None
+    tensors = module, query, key, value, attention_mask
     own: Mapping[str, Any] = vars(sys.modules[type(module).__module__])
-    out: tuple[Tensor, Tensor | None] = own["eager_attention_forward"](
-        module, query, key, value, attention_mask, scaling=scaling, **options
-    )
-    return out
+    attend = own["eager_attention_forward"]
+    if turn is None:
+        out: tuple[Tensor, Tensor | None] = attend(*tensors, scaling=scaling, **options)
+        return out
+
+    def dense() -> Tensor:
+        attended: Tensor = attend(*tensors, scaling=scaling, **options)[0]
+        return attended
+
+    return _attend(turn, dense, *tensors, scaling, options), None
 
 
 def _sdpa_mask(kv_length: int, **options: Any) -> Tensor | None:
     """The dense mask; none where the pages know what may be seen (`PageLayer.get_mask_sizes`)."""
-    return None if _is_nothing(kv_length) else sdpa_mask(kv_length=kv_length, **options)
+    return None if _is_left_out(kv_length, options) else sdpa_mask(kv_length=kv_length, **options)
 
 
 def _eager_mask(kv_length: int, **options: Any) -> Tensor | None:
-    return None if _is_nothing(kv_length) else eager_mask(kv_length=kv_length, **options)
+    return None if _is_left_out(kv_length, options) else eager_mask(kv_length=kv_length, **options)
 
 
-def _is_nothing(length: int) -> bool:
-    return isinstance(length, int) and length == 0
+def _is_left_out(length: int, options: Mapping[str, Any]) -> bool:
+    """Whether a mask is left out, which has to be causal, or of a window or of chunks.
+
+    Raises:
+        CtxpruneError: it is another one.
+    """
+    if not isinstance(length, int) or length != 0:
+        return False
+    # What hides or shows more than these may not be skipped, or has a function of its own.
+    if options.get("use_vmap") or not options.get("allow_is_causal_skip", True):
+        raise CtxpruneError(
+            "this model masks more than later tokens and those beyond a window, which cannot be "
+            "done to rows that were evicted",
+            "use it at sparsity 0; images are not read by an evicting model",
+        )
+    return True

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctxprune.pruner.engine.soft import SoftAttention
 from ctxprune.pruner.policies import Policy
 
 if TYPE_CHECKING:
+    from ctxprune.pruner.decoder import Layer
     from ctxprune.pruner.engine.cache import PrunedCache
     from ctxprune.pruner.gate import Gate
 
@@ -41,18 +42,24 @@ class Turn:
     """What the attention function of a layer is told beside query, key and value.
 
     Attributes:
-        mode, gates: of the model. cache: of the forward pass, where rows leave.
-        layer, hidden: of the layer whose turn it is; (b, n, hidden_size), the attention's input.
+        mode, gates, layers: of the model. cache: of the forward pass, where rows leave.
+        number, hidden: of the layer whose turn it is, among `layers`; (b, n, hidden_size), the
+            attention's input. None: of no layer of the decoder.
         scored: the caller brought no cache, so this pass is a whole text.
+        root: the module whose call began the pass.
+        masks: of this pass, that were looked at and hide what they should.
     """
 
     mode: Mode
     gates: Sequence[Gate]
+    layers: Sequence[Layer]
     cache: PrunedCache | None = None
-    layer: int = -1
+    number: int | None = None
     hidden: Tensor | None = None
     scored: bool = False
+    root: nn.Module | None = None
+    masks: list[Tensor] = field(default_factory=list)
 
-    def at(self, layer: int, hidden: Tensor) -> Turn:
+    def at(self, number: int, hidden: Tensor) -> Turn:
         """The turn of a layer."""
-        return replace(self, layer=layer, hidden=hidden)
+        return replace(self, number=number, hidden=hidden)

@@ -18,7 +18,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ctxprune.pruner.engine.weights import causal, causal_each, softmax_weights
+from ctxprune.pruner.decoder import Sight
+from ctxprune.pruner.engine.weights import Logits, causal, earlier, hiding, softmax_weights
 
 # Slots are added by this share at a time where the rows have no limit.
 GROWTH = 1 / 8
@@ -32,12 +33,14 @@ class New:
         key, value: (b, h_kv, n, d), rotated.
         query: (b, h, n, d), rotated, or None where no policy asks for attention weights.
         features: (b, n, width) of the policy, or None.
+        position: (b, n) int64, where it must be known before the next eviction step; else None.
     """
 
     key: Tensor
     value: Tensor
     query: Tensor | None
     features: Tensor | None
+    position: Tensor | None = None
 
     def part(self, start: int, stop: int) -> New:
         """The tokens from `start` to `stop`."""
@@ -47,6 +50,7 @@ class New:
             self.value[:, :, start:stop],
             None if query is None else query[:, :, start:stop],
             None if features is None else features[:, start:stop],
+            None if self.position is None else self.position[:, start:stop],
         )
 
     def taken(self, source: Tensor) -> New:
@@ -122,6 +126,8 @@ class Page:
         """
         _put(self.key, new.key, slot)
         _put(self.value, new.value, slot)
+        if new.position is not None:
+            _put(self.position[:, None, :, None], new.position[:, None, :, None], slot)
         if self.query is not None and new.query is not None:
             _put(self.query, new.query, wait)
         if self.features is not None and new.features is not None:
@@ -258,7 +264,8 @@ class Queries:
         features: (s, q, width) of the policy, or None.
         stay: rows that are going to stay: a number, or (s, 1) int64.
         members: the sequences of the batch that these are.
-        query: (s, h, q, d), rotated. scale: of the logits.
+        query: (s, h, q, d), rotated. logits: how weights come of it.
+        sight: what they may see, where that is not all.
         hidden: (s, r), True where a row is gone and its slot not yet free; None: nowhere.
     """
 
@@ -269,8 +276,9 @@ class Queries:
     members: Sequence[int]
     held: Held
     query: Tensor | None
-    scale: float
+    logits: Logits
     hidden: Tensor | None = None
+    sight: Sight | None = None
 
     @property
     def newest(self) -> Tensor:
@@ -314,21 +322,27 @@ class Queries:
             self.members,
             held,
             None if query is None else query[:, :, start:stop],
-            self.scale,
+            self.logits,
             hidden,
+            self.sight,
         )
 
     @cached_property
     def _weights(self) -> Tensor:
-        """(s, h_kv, groups * q, r): softmax(Q K^T scale), of the queries as they stand."""
+        """(s, h_kv, groups * q, r): the softmax of the logits, of the queries as they stand."""
         assert self.query is not None, "a policy that asks for weights has `watches = True`"
         query, key = self.query, self.held.key
-        if isinstance(self.first, int):
+        if isinstance(self.first, int) and self.sight is None:
             mask = causal(query, key, self.first, self.hidden)
-            return softmax_weights(query, key, mask, self.scale)
-        mask = causal_each(query, key, self.first)
-        absent = (self.position < 0).repeat(1, query.shape[1] // key.shape[1])
-        weights = softmax_weights(query, key, mask, self.scale)
+            return softmax_weights(query, key, mask, self.logits)
+        visible, none = earlier(query, key, self.first), self.position < 0
+        if self.sight is not None:
+            seen = self.sight.sees(self.position[:, :, None], self.held.position[:, None, :])
+            visible = visible & (seen | none[:, :, None])
+        weights = softmax_weights(query, key, hiding(query, key, visible), self.logits)
+        if isinstance(self.first, int):
+            return weights
+        absent = none.repeat(1, query.shape[1] // key.shape[1])
         return weights.masked_fill_(absent[:, None, :, None], 0.0)
 
     def put(self, name: str, values: Tensor) -> None:

@@ -8,20 +8,29 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ctxprune.pruner.engine.attend import grouped_sdpa, span
+from ctxprune.pruner.decoder import Sight
+from ctxprune.pruner.engine.attend import attention, in_sight, span
 from ctxprune.pruner.engine.evict import note, settle, staying
 from ctxprune.pruner.engine.page import New, Page, Queries
-from ctxprune.pruner.engine.weights import causal
+from ctxprune.pruner.engine.weights import Logits, causal, earlier
 from ctxprune.pruner.policies import Policy
 
 
 def read_block(
-    page: Page, new: New, query: Tensor, scale: float, counts: list[int], first: list[int]
+    page: Page,
+    new: New,
+    query: Tensor,
+    logits: Logits,
+    sight: Sight | None,
+    counts: list[int],
+    first: list[int],
 ) -> Tensor:
     """Attend with a block of new tokens, each to the rows held and to those before it in the block.
 
     Args:
-        new: the tokens; query: (b, h, n, d). counts: tokens of each sequence in the block.
+        new: the tokens; query: (b, h, n, d). logits: how weights come of it.
+        sight: what queries may see, by the positions of the page; None: all.
+        counts: tokens of each sequence in the block.
         first: column of each sequence's first one; they are consecutive.
 
     Returns:
@@ -37,7 +46,9 @@ def read_block(
             stop = used + length
             key, value = page.key[:, :, :stop], page.value[:, :, :stop]
             mask = None if length == 1 else causal(query, key, used)
-            return grouped_sdpa(query, key, value, mask, scale)
+            if sight is not None:
+                mask = earlier(query, key, used) & in_sight(page, new, sight, stop)
+            return attention(query, key, value, mask, logits)
     used, settled, count, start = torch.tensor(
         [page.used, page.settled, counts, first], device=query.device
     )[:, :, None]
@@ -52,8 +63,10 @@ def read_block(
         # A query that is none sees the first slot rather than divide by zero.
         limit = torch.where(real, slot, 0)
         visible = torch.arange(max(stop, 1), device=query.device) <= limit[:, :, None]
+        if sight is not None:
+            visible &= in_sight(page, new, sight, max(stop, 1)) | ~real[:, :, None]
         key, value = page.key[:, :, : max(stop, 1)], page.value[:, :, : max(stop, 1)]
-        return grouped_sdpa(query, key, value, visible, scale)
+        return attention(query, key, value, visible, logits)
 
 
 def read_steps(
@@ -62,21 +75,21 @@ def read_steps(
     layer: int,
     new: New,
     query: Tensor,
-    scale: float,
+    logits: Logits,
     steps: Sequence[tuple[int, int]],
     seen: Sequence[int],
     expires: Tensor | None,
 ) -> Tensor:
     """Attend with consecutive blocks of new tokens, each of which ends at an eviction step.
 
-    It is `read_block` and `evict` in turn, for sequences that hold equally many rows and have no
-    waiting queries, at less cost: rows that leave are hidden, and those that stay close ranks after
-    the last step alone; and what the attention and the policy both need is computed once. Beside
-    the keys and values of all tokens, which a layer has while it reads them, a copy of the rows
-    held lives for so long.
+    It is `read_block` and `evict` in turn, for sequences that hold equally many rows, have no
+    waiting queries and see all that is held, at less cost: rows that leave are hidden, and those
+    that stay close ranks after the last step alone; and what the attention and the policy both need
+    is computed once. Beside the keys and values of all tokens, which a layer has while it reads
+    them, a copy of the rows held lives for so long.
 
     Args:
-        new, query, scale: as in `read_block`; layer, expires: as in `evict`.
+        new, query, logits: as in `read_block`; layer, expires: as in `evict`.
         steps: tokens of these that are read when the step comes, and rows that stay after it.
         seen: tokens of each sequence that were read before.
 
@@ -94,7 +107,7 @@ def read_steps(
     with span("policy"):
         held = wide.held(None, used + length)
         position = settle(held, policy, used, used + length, [n - used for n in seen])
-        queries = Queries(position, used, new.features, 0, everyone, held, new.query, scale)
+        queries = Queries(position, used, new.features, 0, everyone, held, new.query, logits)
         policy.remember(layer, held, queries)
     # Where no weights are asked for, one product serves all steps.
     sees = None if policy.watches else position[:, :, None] >= held.position[:, None]
@@ -123,7 +136,7 @@ def read_steps(
         start = stop
     if sees is not None:
         with span("attention"):
-            outputs.append(grouped_sdpa(query, held.key, held.value, sees, scale))
+            outputs.append(attention(query, held.key, held.value, sees, logits))
     stay = used + length - gone
     if gone or not fits:
         page.grow(stay)

@@ -8,6 +8,7 @@ does at inference.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.decoder import Sight
+from ctxprune.pruner.engine.weights import Logits
 from ctxprune.pruner.gate import (
     Gate,
     free_pairs,
@@ -79,10 +82,15 @@ class SoftAttention:
         value: Tensor,
         hidden: Tensor,
         *,
-        scale: float,
+        logits: Logits,
+        sight: Sight,
+        dense: Callable[[], Tensor],
     ) -> Tensor:
-        """What an attention module gives on to its output projection: see `soft_attend`."""
-        return soft_attend(self, gate, layer, query, key, value, hidden, scale=scale)
+        """What an attention module gives on to its output projection: see `soft_attend`.
+
+        `dense` gives what it does without a gate, (b, n, h, d); it is not asked for here.
+        """
+        return soft_attend(self, gate, layer, query, key, value, hidden, logits=logits, sight=sight)
 
     def margins(self, gate: Gate, query: Tensor, key: Tensor, start: int, before: Tensor) -> Tensor:
         """The margins (b, q, r) of a chunk of queries.
@@ -107,6 +115,7 @@ class SoftAttention:
         stale: Tensor,
         received: Tensor,
         size: Tensor,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """What a score has beside its margin, (b, q, r), or 0 where there is no bonus.
 
@@ -115,15 +124,16 @@ class SoftAttention:
         decisions there, and they on it: it is taken under the bonus from before the chunk.
 
         Args:
-            product: (b, h_kv, groups, q, r) query times key, scaled. margins: (b, q, r).
+            product: (b, h_kv, groups, q, r) the logits. margins: (b, q, r).
             seen: (q, r), see `_seen`.
             stale: (b, r) the bonus of the query before the chunk, 0 for the chunk's own tokens.
             received: (b, r) attention before the chunk. size: (b, r) the norms of the values.
+            sinks: (h_kv, groups, 1, 1), or None.
         """
         if self.config.attention_bonus == 0.0:
             return size.new_zeros(())
         settled = self.log_kept(margins + stale[:, None], seen)
-        weights = (product + settled[:, None, None]).softmax(dim=-1)
+        weights = Logits.softmax(product + settled[:, None, None], sinks)
         total = received[:, None] + weights.mean(dim=(1, 2)).cumsum(dim=1)
         used = log_used(total, size[:, None])
         counted = seen.clone()
@@ -148,11 +158,12 @@ def soft_attend(
     value: Tensor,
     hidden: Tensor,
     *,
-    scale: float,
+    logits: Logits,
+    sight: Sight,
 ) -> Tensor:
-    """softmax(Q K^T scale + log I) V for full windows without padding (arXiv 2305.15805, eq. 5).
+    """softmax(logits + log I) V for full windows without padding (arXiv 2305.15805, eq. 5).
 
-    Shapes as in `attend`. With `soft.hard`, log I is 0 or -inf.
+    Shapes as in `attend`. With `soft.hard`, log I is 0 or -inf; out of sight it is -inf.
     """
     interaction = gate.interact(hidden)
     # What a pass gives hangs on `soft`: were it in the graph, that would be a cycle which Python's
@@ -160,7 +171,14 @@ def soft_attend(
     settings = replace(soft)
     noting = soft.scores is not None
     out, kept, hard_kept, live, scores = _ChunkedAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, *interaction, gate.slope, gate.bias, (settings, gate, scale, noting)
+        query,
+        key,
+        value,
+        *interaction,
+        gate.slope,
+        gate.bias,
+        logits.sinks,
+        (settings, gate, logits, sight, noting),
     )
     batch, length = hidden.shape[:2]
     pairs = batch * length * (length - 1) / 2
@@ -190,9 +208,11 @@ class _ChunkedAttention(torch.autograd.Function):
         gate_key: Tensor,
         slope: Tensor,
         bias: Tensor,
-        how: tuple[SoftAttention, Gate, float, bool],
+        sinks: Tensor | None,
+        how: tuple[SoftAttention, Gate, Logits, Sight, bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        soft, gate, scale, noting = how
+        soft, gate, kind, sight, noting = how
+        heads = _by_head(sinks, key)
         dtype = _compute_dtype(query)
         q, k, v = _fold(query, key).to(dtype), key.to(dtype), value.to(dtype)
         batch, length = gate_key.shape[:2]
@@ -206,29 +226,31 @@ class _ChunkedAttention(torch.autograd.Function):
                 before = _padded(before, stop, torch.inf)
                 stale, received = (_padded(known, stop, 0.0) for known in (stale, received))
                 states += [before, stale, received]
-                seen = _seen(start, stop, bias)
-                logits = _product(q[:, :, :, start:stop], k[:, :, :stop], scale, bias)
+                seen = _seen(start, stop, bias, sight)
+                logits = _product(q[:, :, :, start:stop], k[:, :, :stop], kind, bias)
                 least = soft.margins(
                     gate, gate_query[:, start:stop], gate_key[:, :stop], start, before
                 )
-                bonus = soft.bonus(logits, least, seen, stale, received, size[:, :stop])
+                bonus = soft.bonus(logits, least, seen, stale, received, size[:, :stop], heads)
                 score = least + bonus
                 log_kept = soft.log_kept(score, seen)
                 survived = log_kept.exp()
                 kept = kept + survived.sum() - batch * (stop - start)
                 hard_kept = hard_kept + ((score > 0) * seen).sum() - batch * (stop - start)
                 live = live + ((survived > 1e-3) & (survived < 1 - 1e-3)).sum()
-                weights = logits.add_(log_kept[:, None, None]).softmax(dim=-1)
+                weights = kind.softmax(logits.add_(log_kept[:, None, None]), heads)
                 outs.append(_times(weights.to(dtype), v[:, :, :stop]))
                 if soft.config.attention_bonus > 0.0:
                     received = received + weights.mean(dim=(1, 2)).sum(dim=1)
                     stale = bonus[:, -1]
                 before = least[:, -1]
                 if noting:
+                    if sight.bounds(stop):
+                        score = score.masked_fill(seen == 0, -torch.inf)
                     scores.append(_padded(score, length, -torch.inf))
         out = torch.cat(outs, dim=3)
         ctx.save_for_backward(
-            query, key, value, gate_query, gate_key, slope, bias, out, size, *states
+            query, key, value, gate_query, gate_key, slope, bias, sinks, out, size, *states
         )
         ctx.how = how
         noted = torch.cat(scores, dim=1) if scores else None
@@ -239,8 +261,11 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor, grad_kept: Tensor, *_: Any
     ) -> tuple[Tensor | None, ...]:
-        query, key, value, gate_query, gate_key, slope, bias, out, size, *states = ctx.saved_tensors
-        soft, gate, scale, _ = ctx.how
+        query, key, value, gate_query, gate_key, slope, bias, sinks, out, size, *states = (
+            ctx.saved_tensors
+        )
+        soft, gate, kind, sight, _ = ctx.how
+        heads = _by_head(sinks, key)
         dtype = out.dtype
         q, k, v = _fold(query, key).to(dtype), key.to(dtype), value.to(dtype)
         grad_out = _fold(grad_out, key).to(dtype)
@@ -249,31 +274,39 @@ class _ChunkedAttention(torch.autograd.Function):
         grads = [torch.zeros_like(t, dtype=wide) for t in (q, k, v, gate_query, gate_key)]
         grad_q, grad_k, grad_v, grad_gate_q, grad_gate_k = grads
         grad_slope, grad_bias = torch.zeros_like(slope), torch.zeros_like(bias)
+        grad_sinks = None if heads is None else torch.zeros_like(heads, dtype=wide)
         grad_after: Tensor | None = None
         for index, start in reversed(list(enumerate(range(0, length, CHUNK)))):
             stop = min(start + CHUNK, length)
             part = slice(start, stop)
-            seen = _seen(start, stop, bias)
+            seen = _seen(start, stop, bias, sight)
             before, stale, received = states[3 * index : 3 * index + 3]
-            logits = _product(q[:, :, :, part], k[:, :, :stop], scale, bias)
+            logits = _product(q[:, :, :, part], k[:, :, :stop], kind, bias)
             leaves = [
                 t.detach().requires_grad_()
                 for t in (gate_query[:, part], gate_key[:, :stop], before)
             ]
             with torch.enable_grad():
                 least = soft.margins(gate, leaves[0], leaves[1], start, leaves[2])
-                bonus = soft.bonus(logits, least.detach(), seen, stale, received, size[:, :stop])
+                bonus = soft.bonus(
+                    logits, least.detach(), seen, stale, received, size[:, :stop], heads
+                )
                 log_kept = soft.log_kept(least + bonus, seen)
                 survived = log_kept.exp().sum()
                 after = least[:, -1]
-            weights = logits.add_(log_kept.detach()[:, None, None]).softmax(dim=-1)
+            steepness = None if kind.softcap is None else 1 - (logits / kind.softcap).square()
+            weights = kind.softmax(logits.add_(log_kept.detach()[:, None, None]), heads)
             upstream = grad_out[:, :, :, part]
             grad_weights = _times(upstream, v[:, :, :stop].transpose(-1, -2)).to(wide)
             mean = (upstream.to(wide) * out[:, :, :, part].to(wide)).sum(-1, keepdim=True)
             grad_logits = grad_weights.sub_(mean).mul_(weights)
-            narrow = grad_logits.to(dtype)
-            grad_q[:, :, :, part] = _times(narrow, k[:, :, :stop]) * scale
-            grad_k[:, :, :stop] += _gather(narrow, q[:, :, :, part]) * scale
+            if grad_sinks is not None:
+                # What a sink takes has no value, so of its gradient only the mean is left.
+                taken = 1 - weights.sum(dim=-1, keepdim=True)
+                grad_sinks -= (taken * mean).sum(dim=(0, 3), keepdim=True)[0]
+            narrow = (grad_logits if steepness is None else grad_logits * steepness).to(dtype)
+            grad_q[:, :, :, part] = _times(narrow, k[:, :, :stop]) * kind.scale
+            grad_k[:, :, :stop] += _gather(narrow, q[:, :, :, part]) * kind.scale
             grad_v[:, :, :stop] += _gather(weights.to(dtype), upstream)
             outputs: list[Tensor] = [log_kept, survived]
             given: list[Tensor] = [grad_logits.sum(dim=(1, 2)), grad_kept]
@@ -296,6 +329,7 @@ class _ChunkedAttention(torch.autograd.Function):
             grad_gate_k.to(gate_key.dtype),
             grad_slope,
             grad_bias,
+            None if grad_sinks is None else grad_sinks.flatten().to(sinks.dtype),
             None,
         )
 
@@ -312,10 +346,18 @@ def _fold(query: Tensor, key: Tensor) -> Tensor:
     return folded
 
 
-def _seen(start: int, stop: int, like: Tensor) -> Tensor:
-    """(q, r): 1 where row r is not later than query start + q, else 0."""
+def _by_head(sinks: Tensor | None, key: Tensor) -> Tensor | None:
+    """Sinks (h,) as (h_kv, groups, 1, 1)."""
+    return None if sinks is None else sinks.detach().view(key.shape[1], -1, 1, 1)
+
+
+def _seen(start: int, stop: int, like: Tensor, sight: Sight) -> Tensor:
+    """(q, r): 1 where row r is in sight of query start + q and not later, else 0."""
     seen = like.new_ones((stop - start, stop))
     seen[:, start:].tril_()
+    if sight.bounds(stop):
+        place = torch.arange(stop, device=like.device)
+        seen *= sight.sees(place[start:, None], place)
     return seen
 
 
@@ -336,6 +378,6 @@ def _gather(left: Tensor, right: Tensor) -> Tensor:
     return left.flatten(2, 3).transpose(-1, -2) @ right.flatten(2, 3)
 
 
-def _product(query: Tensor, key: Tensor, scale: float, like: Tensor) -> Tensor:
-    """(b, h_kv, groups, q, r) query times key, scaled, in the dtype of `like`."""
-    return _times(query, key.transpose(-1, -2)).to(like.dtype).mul_(scale)
+def _product(query: Tensor, key: Tensor, kind: Logits, like: Tensor) -> Tensor:
+    """(b, h_kv, groups, q, r) the logits of queries and keys, in the dtype of `like`."""
+    return kind.capped(_times(query, key.transpose(-1, -2)).to(like.dtype).mul_(kind.scale))

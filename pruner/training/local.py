@@ -8,7 +8,7 @@ own attention, and every pair of every layer has a say in it from the first step
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import PreTrainedModel
 
-from ctxprune.pruner.engine.dense import dense_attention
+from ctxprune.pruner.decoder import Decoder, Sight, output_of
 from ctxprune.pruner.engine.soft import SoftAttention, soft_attend
-from ctxprune.pruner.families import family_of
+from ctxprune.pruner.engine.weights import Logits
 from ctxprune.pruner.gate import Gate
 
 
@@ -41,16 +40,16 @@ class LocalAttention(SoftAttention):
         self._residual: dict[int, Tensor] = {}
 
     @contextmanager
-    def watch(self, model: PreTrainedModel) -> Iterator[None]:
-        """Note the residual stream of a model's blocks, whose forward pass has no gradient here."""
-        blocks = family_of(model.config).blocks(model)
+    def watch(self, decoder: Decoder) -> Iterator[None]:
+        """Note the residual stream of blocks with a gate; a forward pass has no gradient here."""
 
         def note(layer: int, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
             self._residual[layer] = args[0] if args else options["hidden_states"]
 
         with ExitStack() as stack, torch.no_grad():
-            for layer, block in enumerate(blocks):
-                hook = block.register_forward_pre_hook(partial(note, layer), with_kwargs=True)
+            for number, layer in enumerate(decoder.gated):
+                noting = partial(note, number)
+                hook = layer.block.register_forward_pre_hook(noting, with_kwargs=True)
                 stack.callback(hook.remove)
             yield
 
@@ -64,17 +63,21 @@ class LocalAttention(SoftAttention):
         value: Tensor,
         hidden: Tensor,
         *,
-        scale: float,
+        logits: Logits,
+        sight: Sight,
+        dense: Callable[[], Tensor],
     ) -> Tensor:
         """Dense attention (b, h, n, d); its error under the gate goes to `errors`."""
-        dense, _ = dense_attention(module, query, key, value, None, scaling=scale)
-        output = module.get_submodule(family_of(module.config).output)
+        exact = dense()
+        output = output_of(module)
         frozen = {name: weight.detach() for name, weight in output.named_parameters()}
         dtype = gate.slope.dtype
         size = self._residual.pop(layer).to(dtype).square().sum(dim=-1)
         with torch.enable_grad():
-            soft = soft_attend(self, gate, layer, query, key, value, hidden, scale=scale)
-            pair = torch.stack([soft.transpose(1, 2), dense]).flatten(3)
+            soft = soft_attend(
+                self, gate, layer, query, key, value, hidden, logits=logits, sight=sight
+            )
+            pair = torch.stack([soft.transpose(1, 2), exact]).flatten(3)
             softly, densely = functional_call(output, frozen, (pair,)).to(dtype)
             self.errors[layer] = ((softly - densely).square().sum(dim=-1) / size).mean()
-        return dense.transpose(1, 2)
+        return exact.transpose(1, 2)

@@ -59,19 +59,33 @@ from ctxprune.pruner.training.weighing import weigh
 # Held-out tokens that the levels are calibrated on.
 CALIBRATION_TOKENS = 8192
 STATE = "state.safetensors"
+# What attention modules call the dropout of their weights; any other is refused when it is met.
+DROPOUTS = (
+    "attention_dropout",
+    "attn_dropout",
+    "attn_drop",
+    "dropout",
+    "dropout_p",
+    "dropout_prob",
+)
 
 OnStep = Callable[[dict[str, Any]], None]
 OnPhase = Callable[[str], None]
 
 
 class Trainee(nn.Module):
-    """A model with its gates as a module whose forward pass is the loss of a micro-batch."""
+    """A model with its gates as a module whose forward pass is the loss of a micro-batch.
+
+    Attributes:
+        dropout: of the model's attention weights, which is switched off.
+    """
 
     def __init__(self, model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:
         super().__init__()
         self.model = model
         self.handle = handle
         self.config = config
+        self.dropout = _still(handle)
 
     def forward(
         self, ids: Tensor, level: float, sharpness: float, alpha: float, local: bool = False
@@ -107,7 +121,7 @@ class Trainee(nn.Module):
         self, ids: Tensor, level: float, soft: LocalAttention
     ) -> tuple[Tensor, dict[str, Any]]:
         model = self.handle.model
-        with soft.watch(model), self.handle.running(soft):
+        with soft.watch(self.handle.decoder), self.handle.running(soft):
             model(ids, use_cache=False, logits_to_keep=1)
         errors = torch.stack([soft.errors[layer] for layer in sorted(soft.errors)])
         penalty = self.config.penalty * sparsity_penalty(_mean(soft.kept), level)
@@ -191,6 +205,8 @@ def tune(
     train_windows, valid_windows = _texts(tokenizer, config)
     model, parameters = trainable(model, handle, config)
     trainee = Trainee(model, handle, config)
+    if trainee.dropout:
+        on_phase(f"attention dropout of {trainee.dropout:g} is off: soft attention has none")
     tokens = config.context * config.batch_size * config.accumulate * accelerator.num_processes
     if config.max_tokens is not None:
         within = config.max_tokens // tokens - config.ahead
@@ -331,11 +347,18 @@ def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tens
 
 
 def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if handle.family.bounded and limit is not None and config.context > limit:
+    limit = handle.decoder.positions
+    if limit is not None and config.context > limit:
         raise CtxpruneError(
             f"a context of {config.context} is beyond the {limit} positions of this model",
             f"use `--context {limit}` or less",
+        )
+    least = 1.0 - handle.decoder.sight.kept(config.context)
+    if 0.0 < config.sparsity <= least:
+        raise CtxpruneError(
+            f"the windows of this model drop {least:.2f} of the pairs of {config.context} tokens "
+            f"by themselves, so sparsity {config.sparsity:g} asks for nothing",
+            "use a shorter `--context`, or a higher level",
         )
     most = ceiling(handle.config, config.context)
     if config.sparsity >= most:
@@ -344,6 +367,20 @@ def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -
             f"protected tokens leave {most:.2f} at most",
             "use a longer `--context`, or convert with fewer protected tokens",
         )
+
+
+def _still(handle: Handle) -> float:
+    """Switch the dropout of attention weights off, which soft attention has not; returns it."""
+    found = 0.0
+    for layer in handle.decoder.layers:
+        for name in DROPOUTS:
+            dropout = getattr(layer.attention, name, None)
+            if isinstance(dropout, nn.Dropout):
+                found, dropout.p = max(found, dropout.p), 0.0
+            elif isinstance(dropout, float):
+                found = max(found, dropout)
+                setattr(layer.attention, name, 0.0)
+    return found
 
 
 def trainable(
@@ -383,7 +420,8 @@ def _finish(
     prune = handle.config
     if config.sparsity > 0.0:
         most = ceiling(prune, config.context)
-        asked = [s for s in {*STANDARD, config.sparsity} if s < most]
+        least = 1.0 - handle.decoder.sight.kept(config.context)
+        asked = [s for s in {*STANDARD, config.sparsity} if least < s < most]
         prune = dataclasses.replace(
             prune,
             levels=divide(model, valid, calibrate(model, valid, asked, on_phase), on_phase),
