@@ -396,7 +396,7 @@ def test_bad_settings_are_refused(raw: dict[str, object], message: str) -> None:
         ({"max_rows": 20}, "a cap of 20 rows is too small"),
         ({"device": "abacus"}, "device `abacus` cannot be used"),
         ({"context": (2000,), "policy": "sink"}, "2000 and 16 decoded tokens need 2016 positions"),
-        ({"architecture": "gpt3"}, "did you mean `gpt2`"),
+        ({"architecture": "gpt_2"}, "did you mean `gpt2`"),
     ],
 )
 def test_what_would_fail_later_is_refused_at_once(
