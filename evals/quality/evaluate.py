@@ -129,9 +129,10 @@ def evaluate(
         on_event: called with one line of text when a measurement starts, ends or is skipped.
 
     Returns:
-        `model`, `policy`, `evict`, `context`, `prompt`, `levels` and provenance, ready for JSON.
-        Each level has `sparsity_requested`, what `Perplexity` has, and `tasks`: name -> metrics,
-        `stderr`, `sparsity` and `rows` (on its own requests), `n`, and what else the task gives.
+        `model`, `layers` (those that the sparsity is of), `policy`, `evict`, `context`, `prompt`,
+        `levels` and provenance, ready for JSON. Each level has `sparsity_requested`, what
+        `Perplexity` has, and `tasks`: name -> metrics, `stderr`, `sparsity` and `rows` (on its own
+        requests), `n`, and what else the task gives.
 
     Raises:
         CtxpruneError: for bad input, or a pruned level at which nothing was evicted.
@@ -201,6 +202,7 @@ def evaluate(
         rows.append({"sparsity_requested": level, **row, "tasks": scores})
     return {
         "model": str(folder),
+        "layers": handle.decoder.describe(),
         "policy": config.policy,
         "evict": config.evict,
         "max_rows": config.max_rows,

@@ -29,7 +29,7 @@ def export(
         CtxpruneError: `folder` is no converted model, or `out` cannot be written.
     """
     about = checkpoint.describe(folder)
-    model = checkpoint.load(folder, sparsity=0.0, max_rows=0)
+    model = checkpoint.load(folder, sparsity=0.0, max_rows=0, dtype="float32", device="cpu")
     handle = handle_of(model)
     tokenizer = checkpoint.load_tokenizer(folder)
     with checkpoint.staged(out, force=force) as target:
@@ -58,9 +58,10 @@ def model_card(
         f"{about['parameters_added']:,} more in gates that drop tokens from its own KV cache",
         f"(Dynamic Context Pruning, arXiv 2305.15805). Tuned to a sparsity of "
         f"{about['tuned_sparsity']:g} at a context of {context} tokens.",
+        *([f"{about['layers'][0].upper()}{about['layers'][1:]}."] if about["layers"] else []),
         "",
         "```python",
-        "from ctxprune.pruner import load",
+        "from ctxprune import load",
         'model = load("DIR")  # prunes; load("DIR", sparsity=0.5) dials',
         "```",
         "",
@@ -90,7 +91,9 @@ def _runs(provenance: Mapping[str, Any]) -> list[str]:
 def _table(results: Mapping[str, Any]) -> list[str]:
     rows = [
         f"Perplexity at a context of {results['context']} tokens; sparsity is the share of the "
-        "earlier tokens that were gone when a query looked.",
+        "earlier tokens that were gone when a query looked. Policy "
+        f"`{results.get('policy', 'gate')}`, rows leave "
+        f"{'after' if results.get('evict') == 'prompt' else 'while reading'} a prompt.",
         "",
         "| requested | sparsity | cache sparsity | perplexity |",
         "| --- | --- | --- | --- |",
