@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctxprune.evals.report.shapes import MODES, ORACLE, PRUNED
-from ctxprune.pruner.config import FromMapping, check_at_least, check_sparsity
+from ctxprune.pruner.config import PROTOCOLS, FromMapping, check_at_least, check_sparsity
 from ctxprune.pruner.device import AUTO, place
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.policies import names as policy_names
-from ctxprune.pruner.rows import PROTOCOLS
 
 
 @dataclass(frozen=True)

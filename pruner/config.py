@@ -14,6 +14,8 @@ from ctxprune.pruner.errors import CtxpruneError, choose
 # to read, since they make a block of queries; fewer leave less room unused.
 PERIOD = 16
 TRAINABLE = ("gates", "lora", "full")
+# What `--evict` takes: rows leave while a prompt is read, or not before its end.
+PROTOCOLS = ("reading", "prompt")
 
 
 def check_sparsity(value: float) -> float:
@@ -249,7 +251,7 @@ class GenerateConfig(FromMapping):
     prompt: tuple[str, ...] = ()
     sparsity: float | None = None
     policy: str = "gate"
-    evict: str = "reading"
+    evict: str = PROTOCOLS[0]
     max_rows: int | None = None
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -271,6 +273,7 @@ class GenerateConfig(FromMapping):
             raise CtxpruneError("the prompt is empty", 'give some text: ctxprune generate "It was"')
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
+        choose("value of evict", self.evict, PROTOCOLS)
         check_at_least("temperature", self.temperature, 0.0)
         for name in ("max_new_tokens", "num_beams", "num_return_sequences", "top_k"):
             value = getattr(self, name)

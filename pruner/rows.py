@@ -25,8 +25,6 @@ LONGEST = 128
 FEW = 8
 # Queries of a prompt that are judged together while it is read whole; the last ones observe it.
 OBSERVERS = 64
-# What `--evict` takes: rows leave while a prompt is read, or not before its end.
-PROTOCOLS = ("reading", "prompt")
 
 
 def window_of(sparsity: float, context: int) -> float:

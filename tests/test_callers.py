@@ -686,3 +686,25 @@ def test_gates_stay_wide_where_a_model_is_cast(family: str, dtype: torch.dtype) 
     difference = read(model, ids, DynamicCache()).float() - logits_of(model, ids).float()
     assert float(difference.abs().mean()) < 0.1
     assert held(model) > 0.5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [1, 30])
+def test_a_pass_that_broke_off_is_not_gone_on_from(family: str, length: int) -> None:
+    model = model_at(0.8, family)
+    handle = model.ctxprune
+    cache, ids = handle.cache(), random_ids(length=60)
+    logits_of(model, ids[:, :20], past_key_values=cache)
+
+    def broken(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = handle.decoder.layers[1].block.register_forward_pre_hook(broken)
+    with pytest.raises(KeyboardInterrupt):
+        logits_of(model, ids[:, 20 : 20 + length], past_key_values=cache)
+    hook.remove()
+    with pytest.raises(CtxpruneError, match="broke off"):
+        logits_of(model, ids[:, 20 : 20 + length], past_key_values=cache)
+    cache.reset()
+    again = logits_of(model, ids, past_key_values=cache)
+    torch.testing.assert_close(again, logits_of(model, ids), atol=0, rtol=0)

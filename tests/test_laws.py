@@ -22,14 +22,14 @@ from ctxprune.pruner import policies
 from ctxprune.pruner.checkpoints.checkpoint import load
 from ctxprune.pruner.checkpoints.convert import convert
 from ctxprune.pruner.checkpoints.export import export
-from ctxprune.pruner.config import PruneConfig
+from ctxprune.pruner.config import PROTOCOLS, PruneConfig
 from ctxprune.pruner.engine import soft as soft_module
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.handle import GATES, Handle, attach, new_gates
 from ctxprune.pruner.engine.page import Page
 from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
 from ctxprune.pruner.policies.strided import StridedPolicy
-from ctxprune.pruner.rows import PROTOCOLS, Rows
+from ctxprune.pruner.rows import Rows
 
 POLICIES = policies.names()
 DTYPES = {"float32": (torch.float32, 2e-4), "float64": (torch.float64, 1e-10)}

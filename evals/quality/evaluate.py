@@ -23,13 +23,12 @@ from ctxprune.evals.quality.harness import load_tasks, score, task_manager
 from ctxprune.evals.quality.perplexity import perplexity
 from ctxprune.evals.state import Finished, digest, stats, text_stats
 from ctxprune.pruner.checkpoints.checkpoint import check_folder, load, load_tokenizer
-from ctxprune.pruner.config import FromMapping, check_at_least, check_sparsity
+from ctxprune.pruner.config import PROTOCOLS, FromMapping, check_at_least, check_sparsity
 from ctxprune.pruner.data import read_texts, windows
 from ctxprune.pruner.device import AUTO, dtype_name, input_device, place
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.policies import names as policy_names
-from ctxprune.pruner.rows import PROTOCOLS
 
 PERPLEXITY = "perplexity"
 OWN_TASKS = (retrieval.NAME, last_word.NAME)

@@ -218,7 +218,7 @@ class PrunedCache(Cache):
         self.expires: list[Tensor] | None = [] if record else None
         self.length: Tensor | None = None
         self._static = False
-        self._begun = 0  # columns of the pass that runs
+        self._begun = 0  # columns of the pass that runs, 0 where none does
         self._single = False
         self._real: list[tuple[int, ...] | range] = []
         self._schedules: dict[tuple[int, ...], Schedule] = {}
@@ -249,7 +249,7 @@ class PrunedCache(Cache):
 
     def forget(self) -> None:
         """Be as new."""
-        self.columns, self.seen = 0, []
+        self.columns, self.seen, self._begun = 0, [], 0
         if self.expires is not None:
             self.expires = []
 
@@ -259,7 +259,16 @@ class PrunedCache(Cache):
         Args:
             mask: (b, length) of 1 for real tokens and 0 for padding; None: all real.
             static: single tokens are placed by counts on the device (`attend.static_step`).
+
+        Raises:
+            CtxpruneError: another number of sequences, or a pass that broke off before.
         """
+        if self._begun:
+            raise CtxpruneError(
+                "a forward pass with this cache broke off, so some of its layers have read more "
+                "than others",
+                "start with an empty cache",
+            )
         if not self.seen:
             self.seen = [0] * batch
         if len(self.seen) != batch:
@@ -343,6 +352,7 @@ class PrunedCache(Cache):
                 if rows is not None and any(n == rows.prompt(i) for i, n in enumerate(self.seen)):
                     self._settle_room(layer, page, self.seen)
         self.columns += self._begun
+        self._begun = 0
         self.length = None
 
     @property

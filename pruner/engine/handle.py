@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ctxprune.pruner import policies
-from ctxprune.pruner.config import PruneConfig, check_max_rows, check_sparsity
+from ctxprune.pruner.config import PROTOCOLS, PruneConfig, check_max_rows, check_sparsity
 from ctxprune.pruner.decoder import Decoder, decoder_of
 from ctxprune.pruner.device import device_of
 from ctxprune.pruner.engine import hooks
@@ -28,7 +28,6 @@ from ctxprune.pruner.engine.modes import Evict, Mode, Off
 from ctxprune.pruner.engine.usage import Usage
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.pruner.gate import Gate, gate_dtype
-from ctxprune.pruner.rows import PROTOCOLS
 
 GATES = "ctxprune_gates"
 # What `running` and `measure` say holds for the code inside them alone, also among threads.
