@@ -59,8 +59,6 @@ REFUSED = {
     "longcat_flash": "several attention modules",
     "minimax": "has no attribute",
     "mpt": "transformers' interface",
-    "nemotron": "did not attend",
-    "stablelm": "did not attend",
     "zamba2": "no attention layers",
 }
 # Types whose configuration makes no tiny model, or none in double precision.
@@ -308,6 +306,26 @@ def test_tuning_switches_the_dropout_of_attention_off() -> None:
     assert block.attn.attn_dropout.p == 0.0 and block.attn.resid_dropout.p == 0.1
     with handle.running(soft):
         model.train()(random_ids(), use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "nemotron", "stablelm"])
+@torch.enable_grad()
+def test_a_layer_that_is_recomputed_has_its_turn(name: str) -> None:
+    """Gradients with checkpointing are those without, also where a block withholds arguments."""
+    model, handle = pruning(name)
+    ids, found = random_ids(), []
+    model.train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        with handle.running(SoftAttention(Level(3.0), handle.config)):
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients = [part.grad for part in (*handle.gates.parameters(), *model.parameters())]
+        found.append([grad.clone() for grad in gradients if grad is not None])
+    assert len(found[0]) == len(found[1]) and any(grad.any() for grad in found[0][:2])
+    for grad, again in zip(*found, strict=True):
+        near(again, grad, EXACT)
 
 
 def test_a_wrapper_of_text_and_images_reads_text() -> None:

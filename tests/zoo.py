@@ -163,6 +163,7 @@ MECHANISMS = {
     "qwen3_next": "linear attention in some layers",
     "falcon_h1": "a state beside attention in each layer",
     "qwen3_moe": "experts",
+    "stablelm": "a block that withholds arguments from its attention",
 }
 
 # Types that are no decoders of text, read more than text, or need the network to be made.
