@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, Gemma3Config, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -200,6 +200,15 @@ def configuration(name: str) -> PreTrainedConfig:
 def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A random model whose attention is sharp enough to matter."""
     return filled(configuration(name), seed).to(dtype).eval()  # type: ignore[arg-type]
+
+
+def with_images() -> PreTrainedModel:
+    """Gemma 3 with an encoder of images beside it, single precision."""
+    text = configuration("gemma3_text")
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return filled(config).eval()
 
 
 def filled(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
