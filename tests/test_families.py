@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from zoo import VOCABULARY, tiny
@@ -70,6 +72,67 @@ def test_a_family_from_checkpoint_to_export(
     model = load(exported, sparsity=0.5)
     with model.ctxprune.measure() as usage:
         assert not torch.equal(logits_of(model), dense)
+    assert usage.sparsity == pytest.approx(0.5, abs=0.02)
+
+
+def in_fp8(tensors: dict[str, Tensor], block: int = 32) -> dict[str, Tensor]:
+    """Projections in blocks of eight-bit numbers with a scale each, as DeepSeek V3 has them."""
+    made = dict(tensors)
+    for name, weight in tensors.items():
+        if name.endswith("proj.weight") and all(size % block == 0 for size in weight.shape):
+            rows, columns = (size // block for size in weight.shape)
+            parts = weight.float().view(rows, block, columns, block)
+            scale = parts.abs().amax(dim=(1, 3), keepdim=True) / 448
+            made[name] = (parts / scale).view(weight.shape).to(torch.float8_e4m3fn)
+            made[f"{name}_scale_inv"] = scale.view(rows, columns)
+    return made
+
+
+def in_mxfp4(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts in random pairs of four-bit numbers with an exponent for 32, as gpt-oss has them."""
+    made = dict(tensors)
+    for name in tensors:
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inner, outer = made.pop(name).shape
+            shape = experts, outer, inner // 32
+            made[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+            made[f"{name}_scales"] = torch.full(shape, 123, dtype=torch.uint8)
+    return made
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they stay quantized")
+@pytest.mark.parametrize(
+    ("name", "quantized", "settings"),
+    [
+        ("deepseek_v3", in_fp8, {"quant_method": "fp8", "weight_block_size": [32, 32]}),
+        ("gpt_oss", in_mxfp4, {"quant_method": "mxfp4"}),
+    ],
+)
+def test_weights_that_a_cpu_expands(
+    name: str,
+    quantized: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    settings: dict[str, object],
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """They are converted as plain numbers, under names that plain transformers reads."""
+    dense = tmp_path / "dense"
+    tiny(name, dtype=torch.bfloat16).save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    tensors = quantized(load_file(dense / "model.safetensors"))
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    folder = convert(str(dense), tmp_path / "converted", {"rank": 8, "context": CONTEXT})
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    first, again = (AutoModelForCausalLM.from_pretrained(path).float() for path in (dense, folder))
+    model = load(folder, sparsity=0.0)
+    assert torch.equal(logits_of(model), logits_of(again))
+    # Weights were rounded to bfloat16 once more.
+    assert float((logits_of(again) - logits_of(first)).abs().max()) < 1e-3
+    model.ctxprune.use("h2o", 0.5, context=CONTEXT)
+    with model.ctxprune.measure() as usage:
+        logits_of(model)
     assert usage.sparsity == pytest.approx(0.5, abs=0.02)
 
 

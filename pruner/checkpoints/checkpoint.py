@@ -217,7 +217,7 @@ def load_dense(folder: Path, where: Place) -> PreTrainedModel:
         try:
             about = AutoConfig.from_pretrained(folder)
             kind: Any = check_type(about)
-            check_quantization(about, str(folder))
+            quantized = check_quantization(about, str(folder))
             loaded: Any = kind.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, **options
             )
@@ -241,24 +241,29 @@ def load_dense(folder: Path, where: Place) -> PreTrainedModel:
             "the files do not belong to this config.json; fetch them again",
         )
     assert isinstance(model, PreTrainedModel)
+    if quantized:
+        settle_quantization(model)
     if where.parts is None and not getattr(model, "is_quantized", False):
         model.to(where.device)  # type: ignore[arg-type]
     return model
 
 
-def check_quantization(config: PreTrainedConfig, source: str) -> None:
-    """Raise CtxpruneError for weights whose quantization cannot be read here.
+def check_quantization(config: PreTrainedConfig, source: str) -> bool:
+    """Whether the weights of a configuration are quantized; refuses what cannot be read here.
 
     transformers reads those of a method that it does not know as if they were plain numbers.
 
     Args:
         config: as it was read. source: what it is of, for the message.
+
+    Raises:
+        CtxpruneError: a library or a device is missing, or the method is not known.
     """
     text = config.get_text_config(decoder=True)
     owns = (getattr(part, "quantization_config", None) for part in (config, text))
     own = copy.deepcopy(next((each for each in owns if each is not None), None))
     if own is None:
-        return
+        return False
     method = own.get("quant_method") or "an unnamed method"
     try:
         known = AutoHfQuantizer.supports_quant_method(own)
@@ -276,6 +281,16 @@ def check_quantization(config: PreTrainedConfig, source: str) -> None:
             f"`{source}` is quantized by {method}, which transformers does not read",
             "take the checkpoint that it was made from",
         )
+    return True
+
+
+def settle_quantization(model: PreTrainedModel) -> None:
+    """Have weights that became plain numbers while they were loaded saved as such.
+
+    transformers would write them under the names of the quantized ones, or not at all.
+    """
+    if not getattr(model, "is_quantized", False):
+        object.__setattr__(model, "_weight_conversions", None)
 
 
 def check_weights(folder: Path) -> None:

@@ -130,8 +130,10 @@ def _from_hub(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         kind, about = _kind_of(source, **options)
-        checkpoint.check_quantization(about, source)
+        quantized = checkpoint.check_quantization(about, source)
         model = kind.from_pretrained(source, dtype="auto", use_safetensors=True, **options)
+        if quantized:
+            checkpoint.settle_quantization(model)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise CtxpruneError(
