@@ -15,7 +15,7 @@ setup: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev,gguf]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch .venv/ready
 
 test check: setup

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_cli import ctxprune
 from transformers import AutoModelForCausalLM
 
 from ctxprune.pruner.checkpoints import checkpoint
@@ -84,10 +87,74 @@ def test_damaged_weights(tmp_path: Path, dense_folder: Make) -> None:
     refuse("lack", str(folder), out)
 
 
+def test_weights_in_several_files(tmp_path: Path, dense_folder: Make) -> None:
+    whole = dense_folder("llama")
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    folder, out = tmp_path / "shards", tmp_path / "out"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(folder, max_shard_size="40KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2 and (folder / "model.safetensors.index.json").is_file()
+    ids = torch.arange(1, 60)[None]
+    with torch.no_grad():
+        converted = load(convert(str(folder), out, {"rank": 4}))
+        assert torch.equal(converted(ids).logits, model(ids).logits)
+    # The same again from a converted folder in shards, whose gates have a file of their own.
+    for name in (GATES, SETTINGS):
+        shutil.copy(out / name, folder / name)
+    with torch.no_grad():
+        assert torch.equal(load(folder)(ids).logits, model(ids).logits)
+    shards[1].unlink()
+    with pytest.raises(CtxpruneError, match=f"lacks `{shards[1].name}`"):
+        load(folder)
+    refuse(f"lacks `{shards[1].name}`", str(folder), tmp_path / "again")
+    (folder / "model.safetensors.index.json").write_text("{")
+    refuse("is damaged", str(folder), tmp_path / "again")
+
+
 def test_pickles_are_refused(tmp_path: Path, dense_folder: Make) -> None:
     folder = dense_folder("gpt2")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refuse("pickle", str(folder), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "library"),
+    [
+        ("bitsandbytes", {"load_in_4bit": True}, "bitsandbytes"),
+        ("bitsandbytes", {"load_in_8bit": True}, "bitsandbytes"),
+        ("gptq", {"bits": 4}, "optimum"),
+        ("awq", {"bits": 4}, "gptqmodel"),
+        ("compressed-tensors", {"format": "int-quantized"}, "compressed-tensors"),
+        ("torchao", {"quant_type": {"default": {}}}, "torchao"),
+    ],
+)
+def test_a_quantized_checkpoint_names_the_library_that_is_missing(
+    method: str, settings: dict[str, Any], library: str, tiny_folder: Make, tmp_path: Path
+) -> None:
+    if find_spec(library.replace("-", "_")) is not None:
+        pytest.skip("it is installed here")
+    folder = tiny_folder("llama")
+    quantize(folder, {"quant_method": method, **settings})
+    refuse(f"quantized by {method}, .*{library}", str(folder), tmp_path / "out")
+    with pytest.raises(CtxpruneError, match=library):
+        load(folder)
+
+
+def quantize(folder: Path, settings: dict[str, Any]) -> None:
+    """Have a folder say of itself that it is quantized."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+
+
+def test_a_way_to_quantize_that_is_not_known_is_refused(dense_folder: Make, tmp_path: Path) -> None:
+    folder = dense_folder("llama")
+    quantize(folder, {"quant_method": "ours"})
+    refuse("quantized by ours, which transformers does not read", str(folder), tmp_path / "out")
+    done = ctxprune("convert", str(folder), "--out", "out", cwd=tmp_path, code=2)
+    assert done.stderr.count("error:") == 1 and not done.stdout
+    quantize(folder, {})
+    refuse("quantized by an unnamed method", str(folder), tmp_path / "out")
 
 
 def test_an_output_that_exists_needs_force(tmp_path: Path, dense_folder: Make) -> None:

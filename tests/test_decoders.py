@@ -15,7 +15,7 @@ import pytest
 import torch
 import zoo
 from torch import Tensor
-from transformers import DynamicCache, Gemma3Config, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from zoo import MECHANISMS, VOCABULARY, WINDOW, tiny
 
 from ctxprune.pruner.checkpoints import adapter
@@ -59,8 +59,6 @@ REFUSED = {
     "longcat_flash": "several attention modules",
     "minimax": "has no attribute",
     "mpt": "transformers' interface",
-    "nemotron": "did not attend",
-    "stablelm": "did not attend",
     "zamba2": "no attention layers",
 }
 # Types whose configuration makes no tiny model, or none in double precision.
@@ -297,6 +295,16 @@ def test_tuning_and_its_adapter(
     assert not any("dropout" in line for line in said)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "deepseek_v3", "qwen3_next"])
+def test_lora_adapts_what_was_derived_and_nothing_else(name: str) -> None:
+    model = tiny(name)
+    targets, kind = decoder_of(model).lora_targets, model.config.model_type
+    wrapped = adapter.wrap(model, 4)
+    adapted = [path for path, part in wrapped.named_modules() if hasattr(part, "lora_A")]
+    assert sorted(adapted) == sorted(f"base_model.model.{target}" for target in targets)
+    assert model.config.model_type == kind
+
+
 def test_tuning_switches_the_dropout_of_attention_off() -> None:
     model, handle = pruning("gpt2")
     block: Any = handle.decoder.layers[0].block
@@ -310,13 +318,29 @@ def test_tuning_switches_the_dropout_of_attention_off() -> None:
         model.train()(random_ids(), use_cache=False)
 
 
+@pytest.mark.parametrize("name", ["llama", "nemotron", "stablelm"])
+@torch.enable_grad()
+def test_a_layer_that_is_recomputed_has_its_turn(name: str) -> None:
+    """Gradients with checkpointing are those without, also where a block withholds arguments."""
+    model, handle = pruning(name)
+    ids, found = random_ids(), []
+    model.train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        with handle.running(SoftAttention(Level(3.0), handle.config)):
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients = [part.grad for part in (*handle.gates.parameters(), *model.parameters())]
+        found.append([grad.clone() for grad in gradients if grad is not None])
+    assert len(found[0]) == len(found[1]) and any(grad.any() for grad in found[0][:2])
+    for grad, again in zip(*found, strict=True):
+        near(again, grad, EXACT)
+
+
 def test_a_wrapper_of_text_and_images_reads_text() -> None:
-    """Gemma 3 with an encoder of images beside it: text as the dense model reads it."""
-    text = zoo.configuration("gemma3_text")
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    model = zoo.filled(config).double().eval()
+    """As the dense model reads it."""
+    model = zoo.with_images().double()
     ids = random_ids()
     dense = logits_of(model, ids, use_cache=False)
     gates = new_gates(model, PruneConfig(rank=8)).double()

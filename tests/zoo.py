@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, Gemma3Config, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -163,6 +163,7 @@ MECHANISMS = {
     "qwen3_next": "linear attention in some layers",
     "falcon_h1": "a state beside attention in each layer",
     "qwen3_moe": "experts",
+    "stablelm": "a block that withholds arguments from its attention",
 }
 
 # Types that are no decoders of text, read more than text, or need the network to be made.
@@ -199,6 +200,15 @@ def configuration(name: str) -> PreTrainedConfig:
 def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A random model whose attention is sharp enough to matter."""
     return filled(configuration(name), seed).to(dtype).eval()  # type: ignore[arg-type]
+
+
+def with_images() -> PreTrainedModel:
+    """Gemma 3 with an encoder of images beside it, single precision."""
+    text = configuration("gemma3_text")
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return filled(config).eval()
 
 
 def filled(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:

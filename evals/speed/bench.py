@@ -122,7 +122,7 @@ def _measure(
         key = digest([*common, dtype, batch, context])
         done = finished.get(key)
         if done is None:
-            ids = prompts(text[context], batch) % model.config.vocab_size
+            ids = prompts(text[context], batch) % handle.decoder.config.vocab_size
             compared = Comparison(model, config, ids, steps, lambda line: say(f"{dtype}, {line}"))
             done = {"rows": compared.measure()}
             finished.put(key, label, done)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,11 @@ def wrap(model: PreTrainedModel, rank: int) -> PreTrainedModel:
 
     Its factor is 2 at any rank, so that the matrices of two runs can be stacked. What peft returns
     is a module of its own kind that stands for the model.
+
+    Raises:
+        CtxpruneError: the weights are quantized.
     """
+    check_plain(model)
     targets = list(decoder_of(model).lora_targets)
     config = LoraConfig(
         r=rank,
@@ -65,7 +70,17 @@ def wrap(model: PreTrainedModel, rank: int) -> PreTrainedModel:
         target_modules=targets,
         fan_in_fan_out=any(type(model.get_submodule(name)) is Conv1D for name in targets),
     )
-    return get_peft_model(model, config)  # type: ignore[return-value]
+    with _names_as_they_are(model):
+        return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+def check_plain(model: PreTrainedModel) -> None:
+    """Raise CtxpruneError where the weights of a model are quantized: they cannot be changed."""
+    if getattr(model, "is_quantized", False):
+        raise CtxpruneError(
+            "the weights of this model are quantized, and stay as they are",
+            "tune with `--train gates`, or convert the checkpoint that they were made from",
+        )
 
 
 def save(
@@ -205,12 +220,29 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
+@contextmanager
+def _names_as_they_are(model: PreTrainedModel) -> Iterator[None]:
+    """Keep peft from reading names of projections as transformers 4 had them, inside.
+
+    By the type of a model with experts it takes a `gate_proj` for one of a single expert, adapts
+    all experts instead, and leaves out the projections that have this name.
+    """
+    config: Any = model.config
+    kind = config.model_type
+    config.model_type = ""
+    try:
+        yield
+    finally:
+        config.model_type = kind
+
+
 def _merge(model: PreTrainedModel, matrices: dict[str, Tensor], rank: int) -> PreTrainedModel:
     wrapped = wrap(model, rank)
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(wrapped).items()}
     if {name: tensor.shape for name, tensor in matrices.items()} != expected:
         raise KeyError("LoRA matrices of another model")
-    set_peft_model_state_dict(wrapped, {n: t.float() for n, t in matrices.items()})
+    with _names_as_they_are(model):
+        set_peft_model_state_dict(wrapped, {n: t.float() for n, t in matrices.items()})
     merged = wrapped.merge_and_unload()  # type: ignore[operator]
     assert isinstance(merged, PreTrainedModel)
     return merged

@@ -5,6 +5,7 @@ Folders are written under a temporary name and renamed, so that none is ever hal
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import json
@@ -24,9 +25,11 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from ctxprune.pruner.config import PruneConfig, check_sparsity
 from ctxprune.pruner.decoder import check_type, decoder_of
@@ -212,7 +215,9 @@ def load_dense(folder: Path, where: Place) -> PreTrainedModel:
             kept = stack.enter_context(TemporaryDirectory(prefix="ctxprune-"))
             options |= {"device_map": where.parts, "offload_folder": kept}
         try:
-            kind: Any = check_type(AutoConfig.from_pretrained(folder))
+            about = AutoConfig.from_pretrained(folder)
+            kind: Any = check_type(about)
+            quantized = check_quantization(about, str(folder))
             loaded: Any = kind.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, **options
             )
@@ -236,9 +241,56 @@ def load_dense(folder: Path, where: Place) -> PreTrainedModel:
             "the files do not belong to this config.json; fetch them again",
         )
     assert isinstance(model, PreTrainedModel)
+    if quantized:
+        settle_quantization(model)
     if where.parts is None and not getattr(model, "is_quantized", False):
         model.to(where.device)  # type: ignore[arg-type]
     return model
+
+
+def check_quantization(config: PreTrainedConfig, source: str) -> bool:
+    """Whether the weights of a configuration are quantized; refuses what cannot be read here.
+
+    transformers reads those of a method that it does not know as if they were plain numbers.
+
+    Args:
+        config: as it was read. source: what it is of, for the message.
+
+    Raises:
+        CtxpruneError: a library or a device is missing, or the method is not known.
+    """
+    text = config.get_text_config(decoder=True)
+    owns = (getattr(part, "quantization_config", None) for part in (config, text))
+    own = copy.deepcopy(next((each for each in owns if each is not None), None))
+    if own is None:
+        return False
+    method = own.get("quant_method") or "an unnamed method"
+    try:
+        known = AutoHfQuantizer.supports_quant_method(own)
+        if known:
+            AutoHfQuantizer.from_config(own, pre_quantized=True).validate_environment(
+                device_map=None
+            )
+    except Exception as error:  # each method raises what it likes where something is missing
+        raise CtxpruneError(
+            f"`{source}` is quantized by {method}, which does not work here: {first_line(error)}",
+            "install what is missing, or take the checkpoint that it was made from",
+        ) from error
+    if not known:
+        raise CtxpruneError(
+            f"`{source}` is quantized by {method}, which transformers does not read",
+            "take the checkpoint that it was made from",
+        )
+    return True
+
+
+def settle_quantization(model: PreTrainedModel) -> None:
+    """Have weights that became plain numbers while they were loaded saved as such.
+
+    transformers would write them under the names of the quantized ones, or not at all.
+    """
+    if not getattr(model, "is_quantized", False):
+        object.__setattr__(model, "_weight_conversions", None)
 
 
 def check_weights(folder: Path) -> None:
@@ -254,6 +306,7 @@ def check_weights(folder: Path) -> None:
                 "save them as safetensors first: `model.save_pretrained(DIR)`",
             )
         raise CtxpruneError(f"`{folder}` has no weights (*.safetensors)")
+    _check_shards(folder)
     for file in weights:
         try:
             with safe_open(file, framework="pt"):
@@ -262,6 +315,23 @@ def check_weights(folder: Path) -> None:
             raise CtxpruneError(
                 f"`{file}` is damaged: {first_line(error)}", "fetch or convert it again"
             ) from error
+
+
+def _check_shards(folder: Path) -> None:
+    """Raise CtxpruneError unless all files are there that an index of weights names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CtxpruneError(f"`{index}` is damaged", "fetch it again") from error
+    missing = sorted(name for name in named if not (folder / name).is_file())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CtxpruneError(
+            f"`{folder}` lacks `{missing[0]}`{more} of its weights", "fetch it again"
+        )
 
 
 def first_line(error: BaseException) -> str:

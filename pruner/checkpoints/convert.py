@@ -104,15 +104,9 @@ def _from_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not path.is_file():
         raise CtxpruneError(f"`{path}` does not exist")
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise CtxpruneError(
-            "reading .gguf files needs the package `gguf`", "install `ctxprune[gguf]`"
-        ) from error
     where: dict[str, Any] = {"gguf_file": path.name}
     try:
-        kind = _kind_of(str(path.parent), **where)
+        kind, _ = _kind_of(str(path.parent), **where)
         model = kind.from_pretrained(path.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     except CtxpruneError:
@@ -135,8 +129,11 @@ def _from_hub(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        kind = _kind_of(source, **options)
+        kind, about = _kind_of(source, **options)
+        quantized = checkpoint.check_quantization(about, source)
         model = kind.from_pretrained(source, dtype="auto", use_safetensors=True, **options)
+        if quantized:
+            checkpoint.settle_quantization(model)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise CtxpruneError(
@@ -147,12 +144,15 @@ def _from_hub(
     return model, tokenizer
 
 
-def _kind_of(source: str, **options: Any) -> Any:
-    """The class that loads a model; refuses what writes no text before its weights are read."""
+def _kind_of(source: str, **options: Any) -> tuple[Any, PretrainedConfig]:
+    """The class that loads a model, and its configuration.
+
+    Refuses what writes no text before its weights are read.
+    """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
     except (ValueError, KeyError) as error:
         raise CtxpruneError(
             f"`{source}` is not a model that transformers knows: {checkpoint.first_line(error)}"
         ) from error
-    return check_type(config)
+    return check_type(config), config

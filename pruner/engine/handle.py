@@ -281,6 +281,8 @@ def attach(model: PreTrainedModel, gates: nn.ModuleList, config: PruneConfig) ->
         module.register_forward_pre_hook(entry.before, with_kwargs=True)
         module.register_forward_hook(entry.after, with_kwargs=True)
     for number, layer in enumerate(decoder.layers):
+        if decoder.config.model_type in hooks.WITHHOLDING:
+            layer.block.register_forward_pre_hook(hooks.carry_turn, with_kwargs=True)
         hook = partial(hooks.give_turn, number)
         layer.attention.register_forward_pre_hook(hook, with_kwargs=True)
     object.__setattr__(model, "ctxprune", handle)

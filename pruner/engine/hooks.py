@@ -2,8 +2,9 @@
 
 A hook on the decoder reads the arguments of a forward pass, sees to its cache, and hands the mode
 on as one more keyword argument, `turn`; a hook on each attention module adds the layer and its
-input; the registered attention function takes the turn. Nothing is noted on modules and nothing is
-switched on the configuration, so threads, copies and recomputed layers do not meet.
+input; the registered attention function takes the turn. Blocks that withhold keyword arguments from
+their attention have a hook too. Nothing is noted on modules and nothing is switched on the
+configuration, so threads, copies and recomputed layers do not meet.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +57,8 @@ HARMLESS = frozenset(
         "use_cache",
     )
 )
+# Types whose blocks take keyword arguments and do not hand them on: an oversight of transformers.
+WITHHOLDING = ("nemotron", "stablelm")
 
 
 def enroll(config: PreTrainedConfig) -> None:
@@ -178,10 +182,38 @@ class Entry:
         return {self.past if name == OLD_NAME else name: value for name, value in kwargs.items()}
 
 
+@dataclass(frozen=True)
+class Carried:
+    """The rotary embeddings on their way through a block, and the turn with them.
+
+    Attributes:
+        rotary: cosines and sines. turn: of the pass.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    turn: Turn
+
+
+def carry_turn(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hook of a block that withholds keyword arguments: the turn goes with an argument it needs.
+
+    A layer that is recomputed has it again, with its arguments; a variable would be gone by then.
+    """
+    if "turn" in kwargs:
+        carried = Carried(kwargs["position_embeddings"], kwargs["turn"])
+        kwargs = {**kwargs, "position_embeddings": carried}
+    return args, kwargs
+
+
 def give_turn(
     number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Hook of an attention module: the number of its layer, and its input (b, n, hidden_size)."""
+    carried = kwargs.get("position_embeddings")
+    if isinstance(carried, Carried):
+        kwargs = {**kwargs, "position_embeddings": carried.rotary, "turn": carried.turn}
     turn = kwargs.get("turn")
     if turn is None:
         return args, kwargs

@@ -386,7 +386,13 @@ def _still(handle: Handle) -> float:
 def trainable(
     model: PreTrainedModel, handle: Handle, config: TuneConfig
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-    """Freeze what is not trained; returns the model, LoRA wrapped around it or not, and groups."""
+    """Freeze what is not trained; returns the model, LoRA wrapped around it or not, and groups.
+
+    Raises:
+        CtxpruneError: weights are to be trained that are quantized.
+    """
+    if config.train == "full":
+        adapter.check_plain(model)
     model.requires_grad_(config.train == "full")
     if config.train == "lora":
         torch.manual_seed(config.seed)
