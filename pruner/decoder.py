@@ -229,7 +229,7 @@ def refusal(config: PreTrainedConfig, why: str) -> CtxpruneError:
     """The error that says why a model cannot be served."""
     return CtxpruneError(
         f"model type `{config.model_type}` is not supported: {why}",
-        "docs/how/architecture.md tells what a model has to declare",
+        "docs/which-models.md tells what is supported and what is not, and why",
     )
 
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import zoo
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+    TorchAoConfig,
+)
 from zoo import VOCABULARY, tiny
 
 from ctxprune import load
@@ -22,6 +29,7 @@ from ctxprune.evals.speed.bench import bench
 from ctxprune.pruner.checkpoints.convert import convert
 from ctxprune.pruner.checkpoints.export import export
 from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.training.tune import tune
 
 CONTEXT = 64
@@ -131,6 +139,38 @@ def test_weights_that_a_cpu_expands(
     # Weights were rounded to bfloat16 once more.
     assert float((logits_of(again) - logits_of(first)).abs().max()) < 1e-3
     model.ctxprune.use("h2o", 0.5, context=CONTEXT)
+    with model.ctxprune.measure() as usage:
+        logits_of(model)
+    assert usage.sparsity == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+def test_gates_on_quantized_weights(
+    library: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, text_file: Path
+) -> None:
+    """They stay as they are, from conversion to export, and gates alone are tuned on them."""
+    found = pytest.importorskip(library)
+    settings: Any = BitsAndBytesConfig(load_in_8bit=True)
+    if library == "torchao":
+        settings = TorchAoConfig(found.quantization.Int8WeightOnlyConfig())
+    dense, weights = tmp_path / "dense", tmp_path / "weights"
+    tiny("llama", dtype=torch.bfloat16).save_pretrained(weights)
+    made = AutoModelForCausalLM.from_pretrained(weights, quantization_config=settings)
+    made.save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    folder = convert(str(dense), tmp_path / "converted", {"rank": 8, "context": CONTEXT})
+    tuning = TuneConfig(
+        data=str(text_file), steps=1, local_steps=1, context=CONTEXT, train="gates", sparsity=0.5
+    )
+    with pytest.raises(CtxpruneError, match="are quantized, and stay"):
+        tune(folder, tmp_path / "tuned", replace(tuning, train="lora"))
+    exported = export(tune(folder, tmp_path / "tuned", tuning), tmp_path / "exported")
+    plain, model = (
+        AutoModelForCausalLM.from_pretrained(dense),
+        load(exported, sparsity=0.0, dtype="bfloat16"),
+    )
+    assert torch.equal(logits_of(plain), logits_of(model))
+    model.ctxprune.use("gate", 0.5)
     with model.ctxprune.measure() as usage:
         logits_of(model)
     assert usage.sparsity == pytest.approx(0.5, abs=0.02)

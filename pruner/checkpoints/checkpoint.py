@@ -285,12 +285,12 @@ def check_quantization(config: PreTrainedConfig, source: str) -> bool:
 
 
 def settle_quantization(model: PreTrainedModel) -> None:
-    """Have weights that became plain numbers while they were loaded saved as such.
+    """Have weights that were quantized saved as they are now, expanded or not.
 
-    transformers would write them under the names of the quantized ones, or not at all.
+    transformers reverses what it did to read them, which has no reverse, or gives plain numbers the
+    names of quantized ones.
     """
-    if not getattr(model, "is_quantized", False):
-        object.__setattr__(model, "_weight_conversions", None)
+    object.__setattr__(model, "_weight_conversions", None)
 
 
 def check_weights(folder: Path) -> None:

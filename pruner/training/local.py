@@ -70,14 +70,16 @@ class LocalAttention(SoftAttention):
         """Dense attention (b, h, n, d); its error under the gate goes to `errors`."""
         exact = dense()
         output = output_of(module)
-        frozen = {name: weight.detach() for name, weight in output.named_parameters()}
+        trained = (each for each in output.named_parameters() if each[1].requires_grad)
+        frozen = {name: weight.detach() for name, weight in trained}
         dtype = gate.slope.dtype
         size = self._residual.pop(layer).to(dtype).square().sum(dim=-1)
         with torch.enable_grad():
             soft = soft_attend(
                 self, gate, layer, query, key, value, hidden, logits=logits, sight=sight
             )
-            pair = torch.stack([soft.transpose(1, 2), exact]).flatten(3)
-            softly, densely = functional_call(output, frozen, (pair,)).to(dtype)
+            # One batch: a product of eight-bit weights has no gradient in four dimensions.
+            pair = torch.cat([soft.transpose(1, 2), exact]).flatten(2)
+            softly, densely = functional_call(output, frozen, (pair,)).to(dtype).chunk(2)
             self.errors[layer] = ((softly - densely).square().sum(dim=-1) / size).mean()
         return exact.transpose(1, 2)
