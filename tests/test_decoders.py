@@ -58,6 +58,7 @@ REFUSED = {
     "inkling_text": "position_bias",
     "longcat_flash": "several attention modules",
     "minimax": "has no attribute",
+    "minimax_m3_vl_text": "minimax_m3_sparse",
     "mpt": "transformers' interface",
     "zamba2": "no attention layers",
 }

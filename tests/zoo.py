@@ -126,6 +126,10 @@ SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_layers": [1, 3],
         },
     ),
+    "minimax_m3_vl_text": (
+        "minimax_m3_vl_text",
+        {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    ),
     "mimo_v2_flash": ("mimo_v2_flash", {"layer_types": MIXED}),
     "nemotron_h": ("nemotron_h", {"layers_block_type": ["mamba", "attention"] * 2}),
     "zamba2": ("zamba2", {"layers_block_type": ["mamba", "hybrid"] * 2}),
