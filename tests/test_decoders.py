@@ -339,9 +339,10 @@ def test_a_layer_that_is_recomputed_has_its_turn(name: str) -> None:
         near(again, grad, EXACT)
 
 
-def test_a_wrapper_of_text_and_images_reads_text() -> None:
-    """As the dense model reads it."""
-    model = zoo.with_images().double()
+@pytest.mark.parametrize("name", zoo.WITH_IMAGES)
+def test_a_wrapper_of_text_and_images_reads_text(name: str) -> None:
+    """As the dense model reads it, and with rows that leave token by token as in one pass."""
+    model = zoo.with_images(name).double()
     ids = random_ids()
     dense = logits_of(model, ids, use_cache=False)
     gates = new_gates(model, PruneConfig(rank=8)).double()
@@ -349,8 +350,10 @@ def test_a_wrapper_of_text_and_images_reads_text() -> None:
     check_agreement(model)
     with handle.running(KEEP):
         near(logits_of(model, ids), dense, SINGLE)
-    assert len(handle.gate_list) == 1
-    assert all("vision" not in name for name in handle.decoder.lora_targets)
+    handle.use("h2o", 0.5, context=LENGTH)
+    near(in_parts(model, ids, handle.cache()), logits_of(model, ids), EXACT)
+    assert len(handle.gate_list) == (1 if name == "gemma3" else 4)
+    assert not [path for path in handle.decoder.lora_targets if "visi" in path or "visual" in path]
 
 
 # Refusals.

@@ -44,7 +44,7 @@ def converted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Make:
 
     def make(name: str) -> Path:
         dense = tmp_path / "dense"
-        model = zoo.with_images() if name == "gemma3" else tiny(name, dtype=torch.float32)
+        model = zoo.with_images(name) if name == "gemma3" else tiny(name, dtype=torch.float32)
         model.save_pretrained(dense)
         tokenizer.save_pretrained(dense)
         return convert(str(dense), tmp_path / "converted", {"rank": 8, "context": CONTEXT})

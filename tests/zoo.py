@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, Gemma3Config, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -206,13 +206,30 @@ def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTra
     return filled(configuration(name), seed).to(dtype).eval()  # type: ignore[arg-type]
 
 
-def with_images() -> PreTrainedModel:
-    """Gemma 3 with an encoder of images beside it, single precision."""
-    text = configuration("gemma3_text")
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    return filled(config).eval()
+ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+# Models of text and images: the type of the text inside, and its own settings.
+WITH_IMAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {}),
+    "qwen2_5_vl": (
+        "qwen2_5_vl_text",
+        {"rope_parameters": ROTARY},
+    ),
+    "mistral3": ("mistral", {}),
+}
+
+
+def with_images(name: str) -> PreTrainedModel:
+    """One of `WITH_IMAGES`, with an encoder of images as small as can be; single precision."""
+    kind, settings = WITH_IMAGES[name]
+    text = configuration(kind).to_dict()
+    made = CONFIG_MAPPING[name]
+    encoder = type(made().vision_config)
+    sizes = {**dict.fromkeys(("hidden_size", "intermediate_size"), 32), "out_hidden_size": 64}
+    sizes |= dict.fromkeys(("num_hidden_layers", "depth"), 1)
+    sizes |= dict.fromkeys(("num_attention_heads", "num_heads"), 2)
+    sizes |= {"image_size": 16, "patch_size": 8}
+    vision = encoder(**{key: size for key, size in sizes.items() if key in encoder().to_dict()})
+    return filled(made(text_config={**text, **settings}, vision_config=vision)).eval()
 
 
 def filled(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
