@@ -26,10 +26,10 @@ test check: setup
 
 # The same, all model types, and the laws and the callers on both ends of the range of transformers.
 test-all: test $(ENDS:%=.venvs/%/ready)
-	$(BIN)/python -m pytest -q -m zoo tests/test_decoders.py
+	$(BIN)/python -m pytest -q -m zoo tests/test_decoders.py tests/test_families.py
 	for end in $(ENDS); do \
 		.venvs/$$end/bin/python -m pytest -q tests/test_laws.py tests/test_callers.py \
-			tests/test_decoders.py || exit; \
+			tests/test_decoders.py tests/test_families.py || exit; \
 	done
 
 .venvs/%/ready: pyproject.toml constraints.txt
