@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,13 @@ def test_weights_that_a_cpu_expands(
     assert usage.sparsity == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.quantized
 @pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
 def test_gates_on_quantized_weights(
     library: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, text_file: Path
 ) -> None:
     """They stay as they are, from conversion to export, and gates alone are tuned on them."""
-    found = pytest.importorskip(library)
+    found: Any = import_module(library)
     settings: Any = BitsAndBytesConfig(load_in_8bit=True)
     if library == "torchao":
         settings = TorchAoConfig(found.quantization.Int8WeightOnlyConfig())
