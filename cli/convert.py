@@ -81,6 +81,6 @@ def convert(
         trust_remote_code=trust_remote_code,
     )
     set_current(folder)
-    say(checkpoint.describe(folder)["layers"])
+    say(checkpoint.read_settings(folder)["layers"])
     following = "eval" if adapter else "tune --sparsity 0.8"
     say(f"wrote {folder}, now the current model; next: ctxprune {following}")

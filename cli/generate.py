@@ -107,7 +107,8 @@ def write(
     folder: Path, config: GenerateConfig, *, show: bool = False, as_json: bool = False
 ) -> None:
     """Write texts to stdout, and say on stderr what the cache holds after it."""
-    from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
+    from ctxprune.pruner.checkpoints.checkpoint import load_off, load_tokenizer
+    from ctxprune.pruner.device import place
     from ctxprune.pruner.engine.handle import handle_of
     from ctxprune.pruner.generation import generate as run
 
@@ -116,15 +117,7 @@ def write(
         raise CtxpruneError(
             "--show colours one text as it is written", "give one prompt, without --json or beams"
         )
-    model = load(
-        folder,
-        sparsity=0.0,
-        max_rows=0,
-        dtype=config.dtype,
-        device=config.device,
-        device_map=config.device_map,
-        on_event=say,
-    )
+    model = load_off(folder, place(config.device, config.dtype, config.device_map), say)
     handle = handle_of(model)
     sparsity = handle.config.tuned if config.sparsity is None else config.sparsity
     handle.use(config.policy, sparsity, max_rows=config.max_rows, evict=config.evict)

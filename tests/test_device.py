@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import FAMILIES
 
-from ctxprune.pruner.checkpoints.checkpoint import load
+from ctxprune.pruner.checkpoints.checkpoint import load, load_off
 from ctxprune.pruner.device import device_of, dtype_name, input_device, place
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
@@ -107,7 +107,7 @@ def test_auto_is_the_accelerator_and_the_dtype_of_the_checkpoint_there(
 @pytest.mark.parametrize("family", ["llama"])
 def test_a_model_says_where_it_is_loaded(family: str, folder: Path) -> None:
     lines: list[str] = []
-    model = load(folder, device="cpu", dtype="bfloat16", on_event=lines.append)
+    model = load_off(folder, place("cpu", "bfloat16"), lines.append)
     assert lines == [f"loading the model: {place('cpu', 'bfloat16')}"]
     assert dtype_name(model) == "bfloat16"
     assert device_of(model) == torch.device("cpu")

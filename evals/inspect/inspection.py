@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctxprune.evals.inspect.kinds import Kind, dropping_of, kinds_of, survival_of, survival_over_age
 from ctxprune.evals.inspect.trace import Trace, overlap, pieces_of, trace
 from ctxprune.evals.provenance import provenance
-from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer, read_config
+from ctxprune.pruner.checkpoints.checkpoint import load_off, load_tokenizer, read_config
 from ctxprune.pruner.config import check_at_least, check_sparsity
 from ctxprune.pruner.device import AUTO, place
 from ctxprune.pruner.errors import CtxpruneError, choose
@@ -119,15 +119,8 @@ def inspect(
     for subject in config.subjects:
         path = subject.model or folder
         if kept is None or kept[0] != path:
-            model = load(
-                path,
-                sparsity=0.0,
-                max_rows=0,
-                dtype=config.dtype,
-                device=config.device,
-                device_map=config.device_map,
-                on_event=say,
-            )
+            where = place(config.device, config.dtype, config.device_map)
+            model = load_off(path, where, say)
             kept = path, model, load_tokenizer(path)
         _, model, tokenizer = kept
         sparsity = read_config(path).tuned if subject.sparsity is None else subject.sparsity

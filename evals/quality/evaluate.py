@@ -22,7 +22,7 @@ from ctxprune.evals.quality import last_word, retrieval
 from ctxprune.evals.quality.harness import load_tasks, score, task_manager
 from ctxprune.evals.quality.perplexity import perplexity
 from ctxprune.evals.state import Finished, digest, stats, text_stats
-from ctxprune.pruner.checkpoints.checkpoint import check_folder, load, load_tokenizer
+from ctxprune.pruner.checkpoints.checkpoint import check_folder, load_off, load_tokenizer
 from ctxprune.pruner.config import PROTOCOLS, FromMapping, check_at_least, check_sparsity
 from ctxprune.pruner.data import read_texts, windows
 from ctxprune.pruner.device import AUTO, dtype_name, input_device, place
@@ -147,15 +147,7 @@ def evaluate(
     text = windows(tokenizer, texts, config.context)
     if config.tokens is not None:
         text = text[: max(1, config.tokens // config.context)]
-    model = load(
-        folder,
-        sparsity=0.0,
-        max_rows=0,
-        dtype=config.dtype,
-        device=config.device,
-        device_map=config.device_map,
-        on_event=say,
-    )
+    model = load_off(folder, place(config.device, config.dtype, config.device_map), say)
     handle = handle_of(model)
     levels = config.sparsity or tuple(sorted({0.0, *handle.levels}))
     runs = _own_tasks(config, model, tokenizer, texts, say)

@@ -144,10 +144,10 @@ def _measure(
 
 
 def _subject(folder: Path | None, config: BenchConfig, dtype: str, say: Say) -> Subject:
+    where = place(config.device, dtype)
     if config.architecture is None:
         assert folder is not None, "a benchmark needs a folder or an architecture"
-        return from_folder(folder, dtype=dtype, device=config.device, on_event=say)
-    where = place(config.device, dtype)
+        return from_folder(folder, where, say)
     say(f"random weights of {config.architecture}: {where}")
     positions = max(config.context) + config.decoded(config.burst(LONGEST))
     return from_architecture(config.architecture, positions, where, seed=config.seed)

@@ -21,7 +21,7 @@ from transformers import (
 from ctxprune.pruner.checkpoints.checkpoint import (
     check_folder,
     first_line,
-    load,
+    load_off,
     load_tokenizer,
 )
 from ctxprune.pruner.checkpoints.convert import embedded_folder
@@ -48,13 +48,10 @@ class Subject:
     positions_enlarged: bool = False
 
 
-def from_folder(
-    folder: Path, *, dtype: str, device: str, on_event: Callable[[str], None] | None = None
-) -> Subject:
-    """The converted checkpoint in a folder; arguments as in `checkpoint.load`."""
+def from_folder(folder: Path, where: Place, on_event: Callable[[str], None]) -> Subject:
+    """The converted checkpoint in a folder; arguments as in `checkpoint.load_off`."""
     check_folder(folder)
-    model = load(folder, sparsity=0.0, max_rows=0, dtype=dtype, device=device, on_event=on_event)
-    return Subject(str(folder), model, load_tokenizer(folder))
+    return Subject(str(folder), load_off(folder, where, on_event), load_tokenizer(folder))
 
 
 def from_architecture(name: str, positions: int, where: Place, *, seed: int) -> Subject:

@@ -19,7 +19,7 @@ from ctxprune.evals.speed.stopwatch import spread
 from ctxprune.evals.speed.subject import check_positions, from_folder, prompts
 from ctxprune.pruner.config import FromMapping, TuneConfig, check_at_least
 from ctxprune.pruner.data import read_texts, windows
-from ctxprune.pruner.device import AUTO, input_device
+from ctxprune.pruner.device import input_device, place
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.training.tune import Trainee, trainable
 
@@ -73,7 +73,7 @@ def training_cost(
         `peak_bytes` of the process or device in such a step; and provenance.
     """
     say = on_event or (lambda line: None)
-    subject = from_folder(folder, dtype="float32", device=AUTO, on_event=say)
+    subject = from_folder(folder, place(dtype="float32"), say)
     handle = handle_of(subject.model)
     check_positions(subject.model, max(config.context), 0)
     model, _ = trainable(subject.model, handle, config.tuning())

@@ -34,7 +34,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ctxprune.pruner.config import PruneConfig, check_sparsity
 from ctxprune.pruner.decoder import check_type, decoder_of
 from ctxprune.pruner.device import AUTO, DeviceMap, Place, place
-from ctxprune.pruner.engine.handle import attach
+from ctxprune.pruner.engine.handle import attach, handle_of
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.gate import Gate
 
@@ -165,7 +165,6 @@ def load(
     dtype: str = AUTO,
     device: str = AUTO,
     device_map: DeviceMap | None = None,
-    on_event: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """Load a converted folder, ready to score and to generate with eviction.
 
@@ -179,7 +178,6 @@ def load(
         device: torch device; `auto`: the accelerator if there is one, else the CPU.
         device_map: the devices of a model that is too large for one, as accelerate takes it:
             `auto`, or part -> device; then there is no `device`.
-        on_event: called with one line of text that says where the model is going to run.
 
     Returns:
         The transformers model in eval mode, with a `Handle` as `model.ctxprune`.
@@ -191,12 +189,28 @@ def load(
     config = read_config(folder)
     if sparsity is not None:
         check_sparsity(sparsity)
-    where = place(device, dtype, device_map)
+    model = load_off(folder, place(device, dtype, device_map))
+    level = config.tuned if sparsity is None else sparsity
+    handle_of(model).use(policy, level, max_rows=max_rows)
+    return model
+
+
+def load_off(
+    folder: str | Path, where: Place, on_event: Callable[[str], None] | None = None
+) -> PreTrainedModel:
+    """The same at sparsity 0 and without a cap, for who chooses later what is dropped.
+
+    Args:
+        where: it runs; `on_event` is called with one line of text that says so.
+
+    Raises:
+        CtxpruneError: as `load`.
+    """
+    config = read_config(folder)
     if on_event is not None:
         on_event(f"loading the model: {where}")
     model = load_dense(Path(folder), where)
-    handle = attach(model, _load_gates(Path(folder), model, config), config)
-    handle.use(policy, config.tuned if sparsity is None else sparsity, max_rows=max_rows)
+    attach(model, _load_gates(Path(folder), model, config), config)
     model.eval()
     return model
 

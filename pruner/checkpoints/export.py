@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxprune.pruner.checkpoints import checkpoint
+from ctxprune.pruner.device import place
 from ctxprune.pruner.engine.handle import handle_of
 
 
@@ -29,7 +30,7 @@ def export(
         CtxpruneError: `folder` is no converted model, or `out` cannot be written.
     """
     about = checkpoint.describe(folder)
-    model = checkpoint.load(folder, sparsity=0.0, max_rows=0, dtype="float32", device="cpu")
+    model = checkpoint.load_off(folder, place("cpu", "float32"))
     handle = handle_of(model)
     tokenizer = checkpoint.load_tokenizer(folder)
     with checkpoint.staged(out, force=force) as target:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ctxprune.pruner.decoder import Sight
 from ctxprune.pruner.engine.page import New, Page
-from ctxprune.pruner.engine.weights import Logits, hiding, softmax_weights
+from ctxprune.pruner.engine.weights import Logits, hiding, softmax_weights, weighted
 
 
 def span(name: str) -> AbstractContextManager[object]:
@@ -80,8 +80,7 @@ def attention(
         return grouped_sdpa(query, key, value, mask, logits.scale)
     if mask is not None and mask.dim() == 3:
         mask = hiding(query, key, mask)
-    weights = softmax_weights(query, key, mask, logits)
-    return (weights.to(value.dtype) @ value).view(*query.shape[:-1], value.shape[-1])
+    return weighted(softmax_weights(query, key, mask, logits), value, query)
 
 
 def in_sight(page: Page, new: New, sight: Sight, stop: int | None) -> Tensor:

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from ctxprune.pruner.decoder import Sight
-from ctxprune.pruner.engine.weights import Logits, causal, earlier, hiding, softmax_weights
+from ctxprune.pruner.engine.weights import (
+    Logits,
+    causal,
+    earlier,
+    hiding,
+    softmax_weights,
+    weighted,
+)
 
 # Slots are added by this share at a time where the rows have no limit.
 GROWTH = 1 / 8
@@ -301,8 +308,7 @@ class Queries:
 
     def attended(self, query: Tensor) -> Tensor:
         """What their attention gives, as (s, h, q, d) of query."""
-        value = self.held.value
-        return (self._weights.to(value.dtype) @ value).view(*query.shape[:-1], value.shape[-1])
+        return weighted(self._weights, self.held.value, query)
 
     def part(self, start: int, stop: int) -> Queries:
         """Those from the number `start` to `stop` alone."""

@@ -76,6 +76,11 @@ def hiding(query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
     return mask.repeat(1, query.shape[1] // key.shape[1], 1)[:, None]
 
 
+def weighted(weights: Tensor, value: Tensor, query: Tensor) -> Tensor:
+    """The sum of values (b, h_kv, r, d) by weights (b, h_kv, groups * q, r), as (b, h, q, d)."""
+    return (weights.to(value.dtype) @ value).view(*query.shape[:-1], value.shape[-1])
+
+
 def softmax_weights(query: Tensor, key: Tensor, mask: Tensor | None, logits: Logits) -> Tensor:
     """The weights (b, h_kv, groups * q, r), float32 or wider, of products and a mask to add.
 

@@ -194,9 +194,8 @@ def tune(
         raise CtxpruneError(
             f"there is no interrupted run for `{out}` to resume", "leave out `--resume`"
         )
-    on_phase(f"loading the model: {where}")
-    model = checkpoint.load(
-        folder, sparsity=0.0, max_rows=0, dtype="float32", device=str(accelerator.device)
+    model = checkpoint.load_off(
+        folder, dataclasses.replace(where, device=accelerator.device), on_phase
     )
     handle = handle_of(model)
     tokenizer = checkpoint.load_tokenizer(folder)
