@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from ctxprune.pruner.errors import CtxpruneError
@@ -112,48 +113,78 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class TuningProgress:
+    """Listeners of a tuning: see `tune`."""
+
+    on_step: Callable[[dict[str, Any]], None]
+    on_phase: Callable[[str], None]
+    on_calibration: Callable[[int, int, float], None]
+
+
 @contextmanager
-def tuning_progress() -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
-    """Callbacks for steps and phases: a bar on a terminal, a line now and then elsewhere."""
+def tuning_progress() -> Iterator[TuningProgress]:
+    """Listeners that draw a bar on a terminal, and write a line now and then elsewhere."""
     if not err.is_terminal:
-        yield _step_line, say
+        yield TuningProgress(_step_line, say, _calibration_line)
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[left]}"),
         TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
     )
     with Progress(*columns, console=err) as bar:
-        task = bar.add_task("tuning", total=1, figures="", visible=False)
+        hidden: dict[str, Any] = {"total": 1, "left": "", "figures": "", "visible": False}
+        steps = bar.add_task("tuning", **hidden)
+        passes = bar.add_task("calibrating", **hidden)
 
         def on_step(figures: dict[str, Any]) -> None:
             bar.update(
-                task,
+                steps,
                 total=figures["steps"],
                 completed=figures["step"],
-                figures=_figures(figures),
+                left=_left(figures["eta_s"]),
+                figures=", ".join(_losses(figures)),
                 visible=True,
             )
 
-        yield on_step, lambda line: bar.console.print(line, markup=False, highlight=False)
+        def on_calibration(done: int, total: int, seconds: float) -> None:
+            bar.update(steps, left="")
+            bar.update(passes, total=total, completed=done, left=_left(seconds), visible=True)
+
+        def on_phase(line: str) -> None:
+            bar.console.print(line, markup=False, highlight=False)
+
+        yield TuningProgress(on_step, on_phase, on_calibration)
 
 
-def _figures(figures: dict[str, Any]) -> str:
+def _left(seconds: float) -> str:
+    """A time left, in minutes and seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
+
+
+def _losses(figures: dict[str, Any]) -> list[str]:
     local = figures.get("local_error")
-    parts = [f"loss {figures['lm_loss']:.3f}" if local is None else f"local error {local:.5f}"]
-    if "sparsity_hard" in figures:
-        parts.append(
-            f"target {figures['target']:.2f} soft {figures['sparsity_soft']:.2f} "
-            f"hard {figures['sparsity_hard']:.2f}"
-        )
-    left = int(figures["eta_s"])
-    parts.append(f"{figures['tokens_per_s']:.0f} tokens/s, {left // 60}:{left % 60:02d} left")
-    return " | ".join(parts)
+    loss = f"loss {figures['lm_loss']:.3f}" if local is None else f"local error {local:.5f}"
+    if "sparsity_hard" not in figures:
+        return [loss]
+    return [loss, f"sparsity {figures['sparsity_hard']:.2f} of {figures['target']:.2f}"]
 
 
 def _step_line(figures: dict[str, Any]) -> None:
-    every = max(1, figures["steps"] // 20)
-    if figures["step"] % every == 0 or figures["step"] in (1, figures["steps"]):
-        say(f"step {figures['step']}/{figures['steps']} | {_figures(figures)}")
+    if _now_and_then(figures["step"], figures["steps"]):
+        rate = f"{figures['tokens_per_s']:.0f} tokens/s"
+        said = [*_losses(figures), rate, _left(figures["eta_s"])]
+        say(f"step {figures['step']}/{figures['steps']}: {', '.join(said)}")
+
+
+def _calibration_line(done: int, total: int, seconds: float) -> None:
+    if _now_and_then(done, total):
+        say(f"calibrating {done}/{total}: {_left(seconds)}")
+
+
+def _now_and_then(done: int, total: int) -> bool:
+    """Whether a line is due: at the first, the last, and some twenty between them."""
+    return done in (1, total) or done % max(1, total // 20) == 0

@@ -128,9 +128,7 @@ def tune(
     target = out or folder.with_name(f"{folder.name}-tuned")
     from ctxprune.pruner.training import tune as tuning
 
-    with tuning_progress() as (on_step, on_phase):
-        tuning.tune(
-            folder, target, config, resume=resume, force=force, on_step=on_step, on_phase=on_phase
-        )
+    with tuning_progress() as progress:
+        tuning.tune(folder, target, config, resume=resume, force=force, **vars(progress))
     set_current(target)
     say(f"wrote {target}, now the current model; next: ctxprune eval --sparsity 0,0.5,0.8")

@@ -201,15 +201,14 @@ class Work:
         from ctxprune.pruner.config import TuneConfig
         from ctxprune.pruner.training.tune import STATE, tune
 
-        with tuning_progress() as (on_step, on_phase):
+        with tuning_progress() as progress:
             tune(
                 self._model(step),
                 self.out / step.name,
                 TuneConfig.from_mapping(_fields(step), f"step `{step.name}`"),
                 resume=(self._state(step.name) / STATE).is_file(),
                 force=True,
-                on_step=on_step,
-                on_phase=on_phase,
+                **vars(progress),
             )
 
     def _export(self, step: Step) -> None:

@@ -85,7 +85,7 @@ class PruneConfig(FromMapping):
         protect_recent: newest tokens that are never dropped.
         attention_bonus: weight of what a row was good for so far (log of the attention that it
             received, times the norm of its value) beside its margin of survival, in training as at
-            inference, until tuning ends and picks the one to evict by (`weighing.weigh`); 0: the
+            inference, until tuning ends and picks the one to evict by (`calibrate`); 0: the
             margin alone, and attention weights need not be computed apart.
         context: length in tokens that the gates were tuned and calibrated at.
         levels: sparsity -> share of the pairs j < k that each layer keeps; empty until tuned.

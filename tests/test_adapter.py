@@ -19,6 +19,7 @@ from ctxprune.pruner.checkpoints.convert import convert
 from ctxprune.pruner.checkpoints.export import export
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.training.calibrate import MULTIPLES
 from ctxprune.pruner.training.tune import tune
 
 Make = Callable[[str], Path]
@@ -140,7 +141,8 @@ def test_no_steps_calibrate_a_tuned_model_anew(
     old, new = read_config(ranked), read_config(anew)
     assert set(new.levels) == {*old.levels, 0.65} and new.tuned == 0.65
     assert all(new.levels[level] != old.levels[level] for level in (0.5, 0.8))
-    assert new == replace(old, levels=new.levels, tuned=0.65)
+    assert new.attention_bonus in {3.0 * multiple for multiple in MULTIPLES}
+    assert new == replace(old, levels=new.levels, tuned=0.65, attention_bonus=new.attention_bonus)
     again = convert(source, tmp_path / "again", {}, adapter=[anew / adapter.FILE])
     assert read_config(again) == new
     assert all(torch.equal(weights_of(again)[name], weight) for name, weight in before.items())

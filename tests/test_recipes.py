@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ctxprune import recipes
+from ctxprune.cli.console import TuningProgress
 from ctxprune.cli.work import Work, check
 from ctxprune.pruner.checkpoints import adapter
 from ctxprune.pruner.checkpoints.checkpoint import GATES, read_config
@@ -185,8 +186,10 @@ def test_an_interrupted_tune_goes_on(
     steps: list[int] = []
 
     @contextmanager
-    def record() -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[str], None]]]:
-        yield lambda figures: steps.append(figures["step"]), lambda _: None
+    def record() -> Iterator[TuningProgress]:
+        yield TuningProgress(
+            lambda figures: steps.append(figures["step"]), lambda _: None, lambda *_: None
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ctxprune.cli.work.tuning_progress", record)

@@ -1,68 +1,80 @@
-"""How far the evicting engine is from the dense model, where several ways to evict are tried."""
+"""How far an evicting model is from the dense one, on the same held-out text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ctxprune.pruner import policies
 from ctxprune.pruner.config import PruneConfig
-from ctxprune.pruner.data import spread
 from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
-from ctxprune.pruner.engine.modes import Evict, Off
-from ctxprune.pruner.training.objective import distillation_loss
+from ctxprune.pruner.engine.modes import Evict, Mode, Off
 
-# Held-out tokens that each way is tried on, and those a pass.
-TOKENS = 4096
+# Tokens a pass, at least one window.
 PASS = 1024
 
 
-def held_out(windows: Tensor) -> Tensor:
-    """Of windows (count, n), about `TOKENS` tokens from all over them; at least one window."""
-    return spread(windows, max(1, TOKENS // windows.shape[1]))
+def passes(windows: Tensor) -> int:
+    """Passes over windows (count, n) that `Reference` needs for itself, and for each question."""
+    return len(_batches(windows))
 
 
-@torch.no_grad()
-def divergences(
-    model: PreTrainedModel,
-    windows: Tensor,
-    ways: Sequence[tuple[float, PruneConfig]],
-    *,
-    parts: Sequence[slice] = (slice(None),),
-    doing: str,
-    on_phase: Callable[[str], None] | None = None,
-) -> Tensor:
-    """Divergence from the dense model (`objective.distillation_loss`) of each way to evict.
+class Reference:
+    """What the dense model predicts at some places of held-out text.
 
     Args:
         model: with a `Handle`. windows: (count, n) int64.
-        ways: level and configuration of the gate policy.
-        parts: of each window, measured apart.
-        on_phase: told now and then how much of `doing` is done.
+        places: (m,) int64, positions in each window, the same in all.
+        on_pass: called after each pass.
 
-    Returns:
-        (ways, parts), float64: nats a token, the mean over the windows.
+    Only the logits at the places are made: with a large vocabulary those of all positions would
+    take more memory and time than the model itself.
     """
-    handle = handle_of(model)
-    context = windows.shape[1]
-    found = torch.zeros(len(ways), len(parts), dtype=torch.float64)
-    done = 0
-    for batch in windows.split(max(1, PASS // context)):
-        if on_phase is not None:
-            on_phase(f"{doing}, {done / len(windows):.0%}")
-        done += len(batch)
-        ids = batch.to(input_device(model))
-        with handle.running(Off()):
-            dense = model(ids, use_cache=False).logits
-        for way, (level, config) in enumerate(ways):
-            request = policies.Request(level, (context,), config, handle.gate_list)
-            with handle.running(Evict(policies.make("gate", request))):
-                pruned = model(ids, use_cache=False).logits
-            for index, part in enumerate(parts):
-                divergence = float(distillation_loss(pruned[:, part], dense[:, part]))
-                found[way, index] += divergence * len(batch) / len(windows)
-    return found
+
+    def __init__(
+        self, model: PreTrainedModel, windows: Tensor, places: Tensor, on_pass: Callable[[], None]
+    ) -> None:
+        self._model = model
+        self._batches = _batches(windows)
+        self._places = places
+        self._on_pass = on_pass
+        self._dense = [self._log_probabilities(Off(), batch) for batch in self._batches]
+
+    def divergence(self, level: float, config: PruneConfig) -> Tensor:
+        """Kullback-Leibler divergence in nats from the dense predictions, by the gate policy.
+
+        Returns:
+            (m,) float64, at each place, the mean over the windows.
+        """
+        found = torch.zeros(len(self._places), dtype=torch.float64)
+        gates = handle_of(self._model).gate_list
+        for batch, dense in zip(self._batches, self._dense, strict=True):
+            request = policies.Request(level, (batch.shape[1],), config, gates)
+            mode = Evict(policies.make("gate", request))
+            pruned = self._log_probabilities(mode, batch)
+            apart = F.kl_div(pruned, dense, log_target=True, reduction="none")
+            found += apart.sum(dim=-1).sum(dim=0).double().cpu()
+        return found / sum(map(len, self._batches))
+
+    @torch.no_grad()
+    def _log_probabilities(self, mode: Mode, batch: Tensor) -> Tensor:
+        """(b, m, vocabulary) float32, of the tokens after each place."""
+        device = input_device(self._model)
+        places = self._places.to(device)
+        with handle_of(self._model).running(mode):
+            logits = self._model(batch.to(device), use_cache=False, logits_to_keep=places).logits
+        self._on_pass()
+        # A few architectures know no `logits_to_keep` and give all of them.
+        chosen = logits if logits.shape[1] == len(places) else logits[:, places.to(logits.device)]
+        log_probabilities: Tensor = chosen.float().log_softmax(dim=-1)
+        return log_probabilities
+
+
+def _batches(windows: Tensor) -> tuple[Tensor, ...]:
+    batches: tuple[Tensor, ...] = windows.split(max(1, PASS // windows.shape[1]))
+    return batches

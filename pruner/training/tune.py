@@ -34,15 +34,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.pruner import data
 from ctxprune.pruner.checkpoints import adapter, checkpoint
-from ctxprune.pruner.config import TuneConfig
+from ctxprune.pruner.config import PruneConfig, TuneConfig
 from ctxprune.pruner.device import place
 from ctxprune.pruner.engine.handle import Handle, handle_of
 from ctxprune.pruner.engine.modes import Off
 from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.rows import ceiling
-from ctxprune.pruner.training.calibrate import STANDARD, calibrate
-from ctxprune.pruner.training.division import divide
+from ctxprune.pruner.training.calibrate import TOKENS, calibrate, passes_of
 from ctxprune.pruner.training.local import LocalAttention
 from ctxprune.pruner.training.metrics import Metrics
 from ctxprune.pruner.training.objective import (
@@ -54,10 +53,7 @@ from ctxprune.pruner.training.objective import (
     sample_level,
     sparsity_penalty,
 )
-from ctxprune.pruner.training.weighing import weigh
 
-# Held-out tokens that the levels are calibrated on.
-CALIBRATION_TOKENS = 8192
 STATE = "state.safetensors"
 # What attention modules call the dropout of their weights; any other is refused when it is met.
 DROPOUTS = (
@@ -69,8 +65,12 @@ DROPOUTS = (
     "dropout_prob",
 )
 
+# Micro-batches take as long as this many passes of calibration: a guess, until one was made.
+PASSES_OF_A_BATCH = 4.0
+
 OnStep = Callable[[dict[str, Any]], None]
 OnPhase = Callable[[str], None]
+OnCalibration = Callable[[int, int, float], None]
 
 
 class Trainee(nn.Module):
@@ -160,13 +160,16 @@ def tune(
     force: bool = False,
     on_step: OnStep | None = None,
     on_phase: OnPhase | None = None,
+    on_calibration: OnCalibration | None = None,
 ) -> Path:
     """Fine-tune a converted model to prune, calibrate it, and write it to `out`.
 
     Args:
         folder: a converted model. out: folder to make; force: replace it. config: the run.
         resume: go on from the state that an interrupted run of the same configuration left.
-        on_step: receives each step's figures, those of metrics.jsonl. on_phase: what happens now.
+        on_step: receives each step's figures, those of metrics.jsonl; `eta_s` are the seconds left
+            with calibration. on_phase: what happens now.
+        on_calibration: passes done, of how many, and the seconds left.
 
     Raises:
         CtxpruneError: bad input, divergence, or nothing to resume.
@@ -219,7 +222,8 @@ def tune(
         run.begin(start)
     accelerator.wait_for_everyone()
     prepared, prepared_optimizer = accelerator.prepare(trainee, optimizer)
-    on_phase("tuning")
+    passes = passes_of(model, valid_windows, config.sparsity) if config.sparsity > 0.0 else 0
+    on_phase(_plan(config, len(train_windows), passes))
     with _stop_signals() as stop:
         clock, before = time.monotonic(), run.seconds
         for step in range(start, total_steps):
@@ -230,7 +234,8 @@ def tune(
             run.seconds = before + here
             pace = (step + 1 - start) / here
             figures["tokens_per_s"] = pace * tokens
-            figures["eta_s"] = (total_steps - step - 1) / pace
+            per_pass = here / (step + 1 - start) / config.accumulate / PASSES_OF_A_BATCH
+            figures["eta_s"] = (total_steps - step - 1) / pace + passes * per_pass
             last = step + 1 == total_steps or _time_is_up(run.seconds, config)
             if accelerator.is_main_process:
                 run.metrics.log(figures)
@@ -246,12 +251,48 @@ def tune(
                     f"stopped after step {step + 1} of {total_steps}; the state is saved",
                     "go on with `--resume`",
                 )
-    run.metrics.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _finish(run, model, handle, tokenizer, valid_windows, out, force, on_phase)
+        run.metrics.close()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            prune = handle.config
+            if passes:
+                on_phase(f"calibrating on {valid_windows.numel():,} held-out tokens")
+                watch = _watch(stop, on_calibration)
+                prune = calibrate(model.train(False), valid_windows, config.sparsity, watch)
+            on_phase(f"writing {out}")
+            _write(run, model, handle, prune, tokenizer, out, force)
     accelerator.wait_for_everyone()
     return out
+
+
+def _plan(config: TuneConfig, windows: int, passes: int) -> str:
+    """What is about to be done, in words."""
+    if config.total_steps == 0:
+        return f"calibrating alone: {passes} passes over the model"
+    what = {"gates": "the gates alone", "lora": "the gates and LoRA", "full": "all weights"}
+    steps = config.total_steps
+    tokens = steps * config.batch_size * config.accumulate * config.context
+    text = "the embedded sample" if config.data is None else config.data
+    return (
+        f"training {what[config.train]}: {steps} steps, {tokens:,} tokens of {text} "
+        f"({windows} windows of {config.context}), then {passes} passes to calibrate"
+    )
+
+
+def _watch(stop: threading.Event, told: OnCalibration | None) -> Callable[[int, int], None]:
+    """A listener of calibration that obeys a stop after any pass, and knows the time left."""
+    began = time.monotonic()
+
+    def on_pass(done: int, total: int) -> None:
+        if stop.is_set():
+            raise Interrupted(
+                f"stopped after pass {done} of {total} of calibration; the training is saved",
+                "go on with `--resume`",
+            )
+        if told is not None:
+            told(done, total, (time.monotonic() - began) / done * (total - done))
+
+    return on_pass
 
 
 def _say_nothing(_: str) -> None:
@@ -330,7 +371,7 @@ def _batch(windows: Tensor, step: int, place: int, config: TuneConfig, processes
 def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tensor, Tensor]:
     """Training windows and held-out windows for calibration."""
     train = data.windows(tokenizer, data.read_texts(config.data, "tune"), config.context)
-    count = max(4, CALIBRATION_TOKENS // config.context)
+    count = max(2, TOKENS // config.context)
     if config.valid is not None or config.data is None:
         texts = data.read_texts(config.valid, "calibrate")
         held = data.windows(tokenizer, texts, config.context)
@@ -409,33 +450,17 @@ def trainable(
     return model, [group for group in groups if group["params"]]
 
 
-def _finish(
+def _write(
     run: _Run,
     model: PreTrainedModel,
     handle: Handle,
+    prune: PruneConfig,
     tokenizer: PreTrainedTokenizerBase,
-    valid: Tensor,
     out: Path,
     force: bool,
-    on_phase: OnPhase,
 ) -> None:
-    """Calibrate, merge LoRA, write the folder with the adapter, clear the state away."""
+    """Merge LoRA, write the folder with the adapter, clear the state away."""
     config = run.config
-    model.train(False)
-    prune = handle.config
-    if config.sparsity > 0.0:
-        most = ceiling(prune, config.context)
-        least = 1.0 - handle.decoder.sight.kept(config.context)
-        asked = [s for s in {*STANDARD, config.sparsity} if least < s < most]
-        prune = dataclasses.replace(
-            prune,
-            levels=divide(model, valid, calibrate(model, valid, asked, on_phase), on_phase),
-            tuned=config.sparsity,
-            context=config.context,
-        )
-        bonus = weigh(model, valid, prune, on_phase)
-        prune = dataclasses.replace(prune, attention_bonus=bonus)
-    on_phase(f"writing {out}")
     provenance = checkpoint.read_settings(run.source).get("provenance", {})
     earlier = [*provenance.get("earlier", []), provenance["tune"]] if "tune" in provenance else []
     provenance = {**provenance, "tune": _told(config), "earlier": earlier}
