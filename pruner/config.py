@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_type_hints
@@ -75,6 +75,11 @@ def _check_scalar(name: str, value: Any, hint: Any) -> None:
         raise CtxpruneError(f"{name} must be of type {wanted}, not {value!r}")
 
 
+def _names(value: str | Sequence[str]) -> tuple[str, ...]:
+    """A list of strings; one alone stands for itself."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 @dataclass(frozen=True)
 class PruneConfig(FromMapping):
     """What is stored with a converted checkpoint, in `ctxprune.json`.
@@ -129,14 +134,18 @@ class TuneConfig(FromMapping):
     Attributes:
         sparsity: the level asked for; the others are trained and calibrated beside it. 0 leaves
             the gates alone: the control that a pruned model is compared with.
-        data: training text: .txt/.jsonl(.gz) file, folder, `datasets` name; None: embedded sample.
+        data: training text: a file (txt, jsonl, json, csv, parquet), a folder of such files, or a
+            name for `datasets`; None: the embedded sample.
+        text_field: the field of each row with the text, or with the messages of a conversation;
+            None: "text" or "messages".
         valid: held-out text for calibration; None: embedded sample if `data` is, else the last
             twentieth of the training windows, which training then leaves out.
         steps: optimizer steps of the model and its gates; 0 where the local phase is all, or where
             a tuned model is only calibrated anew (`train` is then `gates`).
         local_steps: steps before these, in which each gate learns alone, against the dense output
             of its own layer. local_lr: peak learning rate of the gates in them.
-        train: `gates`, `lora` (gates and LoRA) or `full` (gates and all weights).
+        train: `gates`, which leaves the model's weights as they are; `lora` (gates and LoRA); or
+            `full` (gates and all weights).
         context: tokens a window. batch_size: windows a micro-batch. accumulate: micro-batches a
             step.
         lr, gate_lr: peak learning rates of the weights and of the gates.
@@ -146,7 +155,7 @@ class TuneConfig(FromMapping):
         sharpness: factor on the scores at the end, rising from 1, so soft decisions become hard.
         alpha: alpha of alpha_sigmoid at the end, rising by a cosine from 1 (the paper's schedule).
         distill: weight in [0, 1] of the divergence from the same model with its gates off,
-            against the LM loss.
+            against the LM loss; None: 1 where gates alone are trained, else 0.
         dense_share: share of the micro-batches that are read with the gates off.
         spread: share of the others whose level is drawn from the whole range, and not `sparsity`:
             what makes one checkpoint serve all levels.
@@ -155,17 +164,19 @@ class TuneConfig(FromMapping):
         max_tokens: of training text; fewer steps than `steps` then make the whole schedule.
         max_minutes: of training; the run then ends where it is, with what it has learned.
         save_every: steps between two resumable checkpoints.
+        report_to: experiment trackers of accelerate, such as `tensorboard` and `wandb`.
         bf16: autocast to bfloat16. checkpointing: recompute activations in the backward pass.
         device: torch device; `auto`: the accelerator if there is one, else the CPU.
     """
 
     sparsity: float = 0.8
     data: str | None = None
+    text_field: str | None = None
     valid: str | None = None
     steps: int = 300
     local_steps: int = 0
     local_lr: float = 1e-2
-    train: str = "full"
+    train: str = "gates"
     context: int = 512
     batch_size: int = 2
     accumulate: int = 1
@@ -176,7 +187,7 @@ class TuneConfig(FromMapping):
     penalty: float = 1.0
     sharpness: float = 4.0
     alpha: float = 1.0
-    distill: float = 0.0
+    distill: float | None = None
     dense_share: float = 0.5
     spread: float = 0.5
     lora_rank: int = 16
@@ -184,11 +195,13 @@ class TuneConfig(FromMapping):
     max_tokens: int | None = None
     max_minutes: float | None = None
     save_every: int = 50
+    report_to: tuple[str, ...] = ()
     bf16: bool = False
     checkpointing: bool = False
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "report_to", _names(self.report_to))
         check_sparsity(self.sparsity)
         if self.sparsity == 0.0 and self.train == "gates":
             raise CtxpruneError(
@@ -207,9 +220,16 @@ class TuneConfig(FromMapping):
             check_at_least(name, getattr(self, name), 1.0)
         for name in ("local_steps", "local_lr", "lr", "gate_lr", "penalty", "warmup", "ramp"):
             check_at_least(name, getattr(self, name), 0.0)
-        for name in ("distill", "dense_share", "spread"):
+        for name in ("distillation", "dense_share", "spread"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise CtxpruneError(f"{name} is a share in [0, 1], not {getattr(self, name):g}")
+
+    @property
+    def distillation(self) -> float:
+        """Weight of the divergence from the dense model, in [0, 1]."""
+        if self.distill is not None:
+            return self.distill
+        return 1.0 if self.train == "gates" else 0.0
 
     @property
     def ahead(self) -> int:
@@ -267,8 +287,7 @@ class GenerateConfig(FromMapping):
 
     def __post_init__(self) -> None:
         for name in ("prompt", "stop"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, name, _names(getattr(self, name)))
         if not self.prompt or not all(text.strip() for text in self.prompt):
             raise CtxpruneError("the prompt is empty", 'give some text: ctxprune generate "It was"')
         if self.sparsity is not None:

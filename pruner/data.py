@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,77 +15,158 @@ from transformers import PreTrainedTokenizerBase
 
 from ctxprune.pruner.errors import CtxpruneError
 
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+PLAIN = (".txt", ".txt.gz")
+LINES = (".jsonl", ".jsonl.gz")
+# Read by `datasets`, under the name that it has for them.
+TABLES = {".csv": "csv", ".csv.gz": "csv", ".parquet": "parquet", ".json": "json"}
+SUFFIXES = (*PLAIN, *LINES, *TABLES)
+# Where a document is looked for in a row, if nobody says where: as text, or as a conversation.
+FIELDS = ("text", "messages")
+
+# A text, or the messages of a conversation: {"role": ..., "content": ...} each.
+Document = str | list[dict[str, Any]]
 
 
-def read_texts(source: str | None, split: str = "tune") -> list[str]:
+def read_texts(
+    source: str | None,
+    split: str = "tune",
+    *,
+    field: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[str]:
     """The documents of a source, in a fixed order.
 
     Args:
-        source: a .txt or .jsonl file (one `{"text": ...}` a line), gzipped or not; a folder of
-            such files; a name for `datasets`, with `:config` behind it or not; None: the embedded
-            public-domain sample called `split` (`tune`, `calibrate` or `eval`).
+        source: a file (`SUFFIXES`); a folder of such files; a name for `datasets`, with `:config`
+            behind it or not; None: the embedded public-domain sample called `split` (`tune`,
+            `calibrate` or `eval`).
+        field: of each row of a table, or line of JSON, that holds the text or the messages of a
+            conversation; None: the first of `FIELDS` that is there.
+        tokenizer: whose chat template writes conversations; None: they are refused.
 
     Raises:
-        CtxpruneError: no such source, or one without text.
+        CtxpruneError: no such source, one without text, or conversations that cannot be written.
     """
+    path = Path(source or "")
+    documents: list[Document]
     if source is None:
         packed = files("ctxprune.recipes").joinpath("embedded", f"{split}.jsonl.gz").read_bytes()
-        return _lines(gzip.decompress(packed).decode("utf-8"), f"the embedded {split} sample")
-    path = Path(source)
-    if path.is_dir():
+        lines = gzip.decompress(packed).decode("utf-8")
+        documents = _of_lines(lines, f"the embedded {split} sample", None)
+    elif path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
-        texts = [text for file in found for text in _read_file(file)]
+        documents = [document for file in found for document in _read_file(file, field)]
     elif path.is_file():
-        texts = _read_file(path)
+        documents = _read_file(path, field)
     elif source.endswith(SUFFIXES) or source.startswith((".", "/", "~")):
         raise CtxpruneError(f"`{source}` does not exist")
     else:
-        texts = _from_hub(source)
+        documents = _from_hub(source, field)
+    texts = [_written(document, tokenizer) for document in documents if document]
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise CtxpruneError(f"`{source}` has no text", f"give a file ending in {SUFFIXES}")
     return texts
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path, field: str | None) -> list[Document]:
+    for suffix, kind in TABLES.items():
+        if path.name.endswith(suffix):
+            return _of_table(path, kind, field)
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise CtxpruneError(f"`{path}` cannot be read as UTF-8 text: {error}") from error
-    return _lines(text, str(path)) if ".jsonl" in path.suffixes else [text]
+    return _of_lines(text, str(path), field) if path.name.endswith(LINES) else [text]
 
 
-def _lines(text: str, source: str) -> list[str]:
-    texts = []
+def _of_lines(text: str, source: str, field: str | None) -> list[Document]:
+    documents = []
     for number, line in enumerate(filter(str.strip, text.split("\n")), start=1):
+        where = f"line {number} of {source}"
         try:
-            texts.append(str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CtxpruneError(
-                f'line {number} of {source} is not JSON with a "text" field'
-            ) from error
-    return texts
+            row = json.loads(line)
+        except ValueError as error:
+            raise CtxpruneError(f"{where} is not JSON") from error
+        if not isinstance(row, dict):
+            raise CtxpruneError(f"{where} is no JSON object")
+        documents.append(_document(row, field, where))
+    return documents
 
 
-def _from_hub(name: str) -> list[str]:
+def _of_table(path: Path, kind: str, field: str | None) -> list[Document]:
+    from datasets import load_dataset
+
+    try:
+        # Streamed, so that no copy is left in a cache.
+        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        return _documents(rows, field, str(path))
+    except CtxpruneError:
+        raise
+    except Exception as error:  # readers of tables raise whatever their parsers do
+        raise CtxpruneError(f"`{path}` cannot be read as {kind}: {error}") from error
+
+
+def _from_hub(name: str, field: str | None) -> list[Document]:
     from datasets import load_dataset
 
     path, _, config = name.partition(":")
     try:
-        return [str(row["text"]) for row in load_dataset(path, config or None, split="train")]
-    except KeyError as error:
-        raise CtxpruneError(f'the dataset `{name}` has no field "text"') from error
+        rows = load_dataset(path, config or None, split="train")
     except Exception as error:  # the library raises many kinds for "not there" and "no network"
         raise CtxpruneError(
             f"`{name}` is no file here, and no dataset could be loaded: {error}",
-            "give a .txt or .jsonl file, or check the name and the network",
+            "give a file with text, or check the name and the network",
         ) from error
+    return _documents(rows, field, f"the dataset {name}")
+
+
+def _documents(rows: Iterable[Mapping[str, Any]], field: str | None, source: str) -> list[Document]:
+    return [
+        _document(row, field, f"row {number} of {source}") for number, row in enumerate(rows, 1)
+    ]
+
+
+def _document(row: Mapping[str, Any], field: str | None, where: str) -> Document:
+    """The document of a row."""
+    wanted = FIELDS if field is None else (field,)
+    found = next((name for name in wanted if name in row), None)
+    if found is None:
+        raise CtxpruneError(
+            f"{where} has no field {' or '.join(map(repr, wanted))}, but "
+            f"{', '.join(map(repr, row)) or 'none at all'}",
+            "name the one with the text by `--text-field`",
+        )
+    document: Document = row[found]
+    if isinstance(document, str) or _is_conversation(document):
+        return document
+    raise CtxpruneError(f"the field {found!r} of {where} is neither text nor a list of messages")
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value
+    )
+
+
+def _written(document: Document, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A document as the model reads it."""
+    if isinstance(document, str):
+        return document
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise CtxpruneError(
+            "the text holds conversations, and there is no chat template to write them by",
+            "give plain text, or use a model that has one",
+        )
+    try:
+        return str(tokenizer.apply_chat_template(document, tokenize=False))
+    except Exception as error:  # templates raise whatever they like
+        raise CtxpruneError(f"the chat template refuses a conversation: {error}") from error
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> Tensor:
-    """Documents, an end-of-text token after each, packed and cut: (windows, length) int64.
+    """Documents, each ended by an end-of-text token, packed and cut: (windows, length) int64.
 
     Raises:
         CtxpruneError: less text than one window.
@@ -91,7 +174,9 @@ def windows(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for text in texts:
-        ids.extend(encode(tokenizer, text) + end)
+        # A chat template may have ended its conversation already.
+        ended = bool(end) and text.rstrip().endswith(tokenizer.eos_token)
+        ids.extend(encode(tokenizer, text) + ([] if ended else end))
     count = len(ids) // length
     if count == 0:
         raise CtxpruneError(

@@ -29,7 +29,15 @@ from ctxprune.pruner.training.tune import tune
 Make = Callable[[str], Path]
 
 CONFIG = PruneConfig(attention_bonus=0.0)
-RUN = TuneConfig(sparsity=0.7, steps=3, local_steps=4, context=128, batch_size=2, save_every=2)
+RUN = TuneConfig(
+    sparsity=0.7,
+    steps=3,
+    local_steps=4,
+    context=128,
+    batch_size=2,
+    save_every=2,
+    train="full",
+)
 
 
 def local_pass(

@@ -35,7 +35,9 @@ from ctxprune.pruner.training.tune import STATE, Trainee, trainable, tune
 
 Make = Callable[[str], Path]
 
-SMALL = TuneConfig(sparsity=0.7, steps=6, context=128, batch_size=2, save_every=2, lr=1e-3)
+SMALL = TuneConfig(
+    sparsity=0.7, steps=6, context=128, batch_size=2, save_every=2, lr=1e-3, train="full"
+)
 
 
 def run_config(text: Path, **changes: object) -> TuneConfig:
@@ -68,7 +70,12 @@ def test_what_is_trained_changes_and_nothing_else(
             states.append(load_file(tmp_path / ".out.tuning" / STATE))
 
     config = run_config(
-        text_file, train=train, sparsity=sparsity, distill=0.5, checkpointing=family == "gpt2"
+        text_file,
+        train=train,
+        sparsity=sparsity,
+        distill=0.5,
+        checkpointing=family == "gpt2",
+        report_to=("tensorboard",),
     )
     out = tune(folder, tmp_path / "out", config, on_step=look)
     after = weights_of(out)
@@ -217,7 +224,7 @@ from ctxprune.pruner.config import TuneConfig
 from ctxprune.pruner.training.tune import tune
 torch.set_num_threads(1)
 folder, out, text, resume = sys.argv[1:]
-config = TuneConfig(sparsity=0.7, steps=40, context=128, save_every=3, lr=1e-3, data=text)
+config = TuneConfig(sparsity=0.7, steps=40, context=128, save_every=3, lr=1e-3, data=text, train="full")
 tune(Path(folder), Path(out), config, resume=resume == "resume")
 """
 

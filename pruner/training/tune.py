@@ -22,9 +22,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    LoggerType,
+    ProjectConfiguration,
     broadcast_object_list,
 )
 from safetensors import SafetensorError, safe_open
@@ -39,11 +42,11 @@ from ctxprune.pruner.device import place
 from ctxprune.pruner.engine.handle import Handle, handle_of
 from ctxprune.pruner.engine.modes import Off
 from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
-from ctxprune.pruner.errors import CtxpruneError, Interrupted
+from ctxprune.pruner.errors import CtxpruneError, Interrupted, choose
 from ctxprune.pruner.rows import ceiling
 from ctxprune.pruner.training.calibrate import TOKENS, calibrate, passes_of
 from ctxprune.pruner.training.local import LocalAttention
-from ctxprune.pruner.training.metrics import Metrics
+from ctxprune.pruner.training.metrics import BOARD, Metrics, scalars
 from ctxprune.pruner.training.objective import (
     distillation_loss,
     hardening,
@@ -103,16 +106,16 @@ class Trainee(nn.Module):
         )
         if isinstance(soft, LocalAttention):
             return self._local(ids, level, soft)
-        teacher = self._teach(ids) if self.config.distill > 0.0 else None
+        teacher = self._teach(ids) if self.config.distillation > 0.0 else None
         with self.handle.running(soft):
             logits = self.model(ids, use_cache=False).logits
         task = lm_loss(logits, ids)
         kept = _mean(soft.kept)
-        loss = task * (1.0 - self.config.distill)
+        loss = task * (1.0 - self.config.distillation)
         seen: dict[str, Any] = {}
         if teacher is not None:
             divergence = distillation_loss(logits, teacher)
-            loss = loss + self.config.distill * divergence
+            loss = loss + self.config.distillation * divergence
             seen["divergence"] = divergence.detach()
         loss = loss + self.config.penalty * sparsity_penalty(kept, level)
         return loss, {**seen, "lm_loss": task.detach(), **_realised(soft, level)}
@@ -184,6 +187,8 @@ def tune(
         cpu=where.device.type == "cpu",
         mixed_precision="bf16" if config.bf16 else "no",
         gradient_accumulation_steps=config.accumulate,
+        log_with=_trackers(config) or None,
+        project_config=ProjectConfiguration(logging_dir=str(work / BOARD)),
         # A dense micro-batch uses no gate.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
@@ -220,6 +225,10 @@ def tune(
     total_steps = config.total_steps
     if accelerator.is_main_process:
         run.begin(start)
+        told = {k: v for k, v in _told(config).items() if isinstance(v, int | float | str)}
+        accelerator.init_trackers(
+            "ctxprune", config=told, init_kwargs={"tensorboard": {"purge_step": start + 1}}
+        )
     accelerator.wait_for_everyone()
     prepared, prepared_optimizer = accelerator.prepare(trainee, optimizer)
     passes = passes_of(model, valid_windows, config.sparsity) if config.sparsity > 0.0 else 0
@@ -239,6 +248,7 @@ def tune(
             last = step + 1 == total_steps or _time_is_up(run.seconds, config)
             if accelerator.is_main_process:
                 run.metrics.log(figures)
+                accelerator.log(scalars(figures), step=step + 1)
                 if on_step is not None:
                     on_step(figures)
                 if stop.is_set() or (step + 1) % config.save_every == 0 or last:
@@ -246,12 +256,12 @@ def tune(
             if last:
                 break
             if stop.is_set():
-                run.metrics.close()
+                accelerator.end_training()
                 raise Interrupted(
                     f"stopped after step {step + 1} of {total_steps}; the state is saved",
                     "go on with `--resume`",
                 )
-        run.metrics.close()
+        accelerator.end_training()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             prune = handle.config
@@ -293,6 +303,17 @@ def _watch(stop: threading.Event, told: OnCalibration | None) -> Callable[[int, 
             told(done, total, (time.monotonic() - began) / done * (total - done))
 
     return on_pass
+
+
+def _trackers(config: TuneConfig) -> list[str]:
+    """The experiment trackers of a run; accelerate would leave out in silence what is missing."""
+    known = [str(tracker) for tracker in LoggerType if tracker is not LoggerType.ALL]
+    there = [str(tracker) for tracker in get_available_trackers()]
+    for name in config.report_to:
+        choose("value of report_to", name, known)
+        if name not in there:
+            raise CtxpruneError(f"{name} is not installed", f"`pip install {name}`")
+    return list(config.report_to)
 
 
 def _say_nothing(_: str) -> None:
@@ -370,12 +391,15 @@ def _batch(windows: Tensor, step: int, place: int, config: TuneConfig, processes
 
 def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tensor, Tensor]:
     """Training windows and held-out windows for calibration."""
-    train = data.windows(tokenizer, data.read_texts(config.data, "tune"), config.context)
+
+    def windows(source: str | None, split: str) -> Tensor:
+        texts = data.read_texts(source, split, field=config.text_field, tokenizer=tokenizer)
+        return data.windows(tokenizer, texts, config.context)
+
+    train = windows(config.data, "tune")
     count = max(2, TOKENS // config.context)
     if config.valid is not None or config.data is None:
-        texts = data.read_texts(config.valid, "calibrate")
-        held = data.windows(tokenizer, texts, config.context)
-        return train, data.spread(held, count)
+        return train, data.spread(windows(config.valid, "calibrate"), count)
     spare = max(1, len(train) // 20)
     if len(train) <= spare:
         raise CtxpruneError(
@@ -564,8 +588,8 @@ class _Run:
         return int(about["step"])
 
     def _identity(self) -> str:
-        """What a resumed run has to share with the interrupted one; it may be on another device."""
-        told = dataclasses.asdict(self.config) | {"device": None}
+        """What a resumed run has to share with the interrupted one; its device may differ."""
+        told = dataclasses.asdict(self.config) | {"device": None, "report_to": None}
         return json.dumps({"source": str(self.source.resolve()), **told})
 
 
