@@ -182,3 +182,47 @@ def test_an_adapter_of_another_model_is_refused(
         with pytest.raises(CtxpruneError, match="no adapter"):
             convert(str(dense_folder("gpt2")), out, {}, adapter=[wrong])
     assert not out.exists()
+
+
+def test_an_adapter_is_found_by_file_folder_and_name(tmp_path: Path) -> None:
+    file = tmp_path / adapter.FILE
+    file.touch()
+    assert adapter.find(str(file)) == adapter.find(str(tmp_path)) == file
+    assert adapter.find("smollm2-135m").stat().st_size > 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"), [("smollm2-1b", "ctxprune/smollm2-1b"), ("me/gates", "me/gates")]
+)
+def test_other_names_are_asked_of_the_hub(
+    name: str, repository: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def download(*what: str) -> str:
+        asked.append(what)  # type: ignore[arg-type]
+        return str(tmp_path / "cached")
+
+    monkeypatch.setattr(adapter, "hf_hub_download", download)
+    assert adapter.find(name) == tmp_path / "cached"
+    assert asked == [(repository, adapter.FILE)]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("smollm2-1b", "could not be fetched from the hub"),
+        ("me/gates", "could not be fetched from the hub"),
+        ("a/b/c", "could not be fetched from the hub"),
+        ("./missing", "does not exist"),
+        ("missing.ctxprune", "does not exist"),
+        (".", "holds no adapter.ctxprune"),
+    ],
+)
+def test_an_adapter_that_is_not_there_is_one_sentence(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CtxpruneError, match=said) as refusal:
+        adapter.find(name)
+    assert "\n" not in refusal.value.message

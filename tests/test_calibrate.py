@@ -282,3 +282,17 @@ def test_a_stop_is_obeyed_while_calibrating(
     assert not steps
     assert read_config(parts) == read_config(whole)
     assert not (tmp_path / ".parts.tuning").exists()
+
+
+@pytest.mark.parametrize(("context", "count"), [(96, 4000), (1024, 30_000)])
+def test_the_sample_of_pairs_favours_no_age(context: int, count: int) -> None:
+    """Ages are as frequent as among all pairs: of age a there are context - a."""
+    later, earlier = calibrating._sample(context, count)
+    ages = (later - earlier).double()
+    assert ages.min() >= 1 and later.max() < context and len(ages) == count
+    all_ages = torch.arange(1, context, dtype=torch.float64)
+    weights = context - all_ages
+    for bound in (context // 32, context // 8, context // 2):
+        expected = float(weights[:bound].sum() / weights.sum())
+        spread = (expected * (1 - expected) / count) ** 0.5
+        assert float((ages <= bound).double().mean()) == pytest.approx(expected, abs=4 * spread)

@@ -108,7 +108,7 @@ def test_what_is_trained_changes_and_nothing_else(
         assert len(others) == (len(weights) if train == "full" else 0)
     lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    board = EventAccumulator(str(out / BOARD)).Reload()
+    board = EventAccumulator(str(out / BOARD / "ctxprune")).Reload()
     assert [point.value for point in board.Scalars("lm_loss")] == pytest.approx(
         [line["lm_loss"] for line in lines]
     )
@@ -224,7 +224,8 @@ from ctxprune.pruner.config import TuneConfig
 from ctxprune.pruner.training.tune import tune
 torch.set_num_threads(1)
 folder, out, text, resume = sys.argv[1:]
-config = TuneConfig(sparsity=0.7, steps=40, context=128, save_every=3, lr=1e-3, data=text, train="full")
+config = TuneConfig(sparsity=0.7, steps=40, context=128, save_every=3, lr=1e-3, data=text,
+                    train="full")
 tune(Path(folder), Path(out), config, resume=resume == "resume")
 """
 
@@ -360,8 +361,8 @@ def test_schedules() -> None:
         ({"sparsity": -0.1}, "outside"),
         ({"sparsity": 0.0, "train": "gates"}, "nothing to learn"),
         ({"train": "some"}, "unknown value of train"),
-        ({"steps": 0}, "at least 1"),
-        ({"steps": 0, "local_steps": 5, "sparsity": 0.0}, "at least 1"),
+        ({"steps": 0, "train": "full"}, "at least 1"),
+        ({"steps": 0, "local_steps": 5, "sparsity": 0.0, "train": "full"}, "at least 1"),
         ({"distill": 2.0}, "share in"),
         ({"sparsty": 0.8}, "did you mean `sparsity`"),
     ],
@@ -396,3 +397,16 @@ def test_texts_that_will_not_do(tiny_folder: Make, text_file: Path, tmp_path: Pa
     with pytest.raises(CtxpruneError, match="positions"):
         tune(folder, out, run_config(text_file, context=2048))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("tensorbord", "did you mean `tensorboard`"), ("wandb", "wandb is not installed")],
+)
+def test_a_tracker_that_is_not_there_is_refused(
+    name: str, said: str, tiny_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    """accelerate would leave it out without a word."""
+    with pytest.raises(CtxpruneError, match=said) as refusal:
+        tune(tiny_folder("gpt2"), tmp_path / "out", run_config(text_file, report_to=name))
+    assert refusal.value.hint

@@ -11,10 +11,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import (
     LoraConfig,
     get_peft_model,
@@ -33,6 +36,9 @@ from ctxprune.pruner.engine.handle import new_gates
 from ctxprune.pruner.errors import CtxpruneError
 
 FILE = "adapter.ctxprune"
+SUFFIX = ".ctxprune"
+# Whose repositories on the hub hold the shipped adapters, by their names.
+OWNER = "ctxprune"
 LORA, GATES = "lora/", "gates/"
 # Settings that can change without tuning again.
 DIALS = ("attention_bonus", "max_rows")
@@ -110,6 +116,38 @@ def save(
     matrices = {name: matrix.to(torch.bfloat16) for name, matrix in matrices.items()}
     about = {"provenance": dict(provenance), "lora_rank": rank}
     write(path, Adapter(about, matrices, gates.state_dict(), path.name), config)
+
+
+def find(name: str) -> Path:
+    """The file of an adapter.
+
+    Args:
+        name: a file; a folder with one; the name of a shipped one, which a clone of the repository
+            has, and the hub else; or a repository of the hub.
+
+    Raises:
+        CtxpruneError: there is none, or the hub cannot be reached.
+    """
+    path = Path(name)
+    shipped = Path(str(files("ctxprune.recipes"))) / "adapters" / f"{name}{SUFFIX}"
+    for there in (path, path / FILE, shipped):
+        if there.is_file():
+            return there
+    if path.exists():
+        raise CtxpruneError(
+            f"`{name}` holds no {FILE}", "give the folder that `ctxprune tune` wrote"
+        )
+    if name.endswith(SUFFIX) or name.startswith((".", "/", "~")):
+        raise CtxpruneError(f"`{name}` does not exist")
+    repository = name if "/" in name else f"{OWNER}/{name}"
+    try:
+        return Path(hf_hub_download(repository, FILE))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        raise CtxpruneError(
+            f"`{name}` is no file here, and {FILE} of `{repository}` could not be fetched from "
+            f"the hub: {str(error).strip().splitlines()[0]}",
+            "check the name and the network, or give the file",
+        ) from error
 
 
 def read(path: Path) -> Adapter:

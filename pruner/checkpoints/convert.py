@@ -32,7 +32,7 @@ def convert(
     out: Path,
     settings: Mapping[str, Any],
     *,
-    adapter: Sequence[Path] = (),
+    adapter: Sequence[str | Path] = (),
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -42,8 +42,8 @@ def convert(
         source: hub id, folder, or .gguf file; None: the embedded checkpoint.
         out: folder to make. force: replace it if it exists.
         settings: fields of `PruneConfig` that are given; the others keep their defaults.
-        adapter: what `tune` added to this very source, whose settings are then the defaults; of
-            several the weights are averaged (`adapter.mean`).
+        adapter: what `tune` added to this very source, whose settings are then the defaults: a
+            file, or a name (`adapter.find`); of several the weights are averaged (`adapter.mean`).
         trust_remote_code: let a hub repository run its own code.
 
     Raises:
@@ -52,7 +52,7 @@ def convert(
     """
     checkpoint.refuse_existing(out, force=force)
     config = PruneConfig.from_mapping(settings, "the settings")
-    tuned = adapters.mean([adapters.read(path) for path in adapter]) if adapter else None
+    tuned = _adapter(adapter) if adapter else None
     if tuned is not None:
         adapters.check_changes(settings)
     if source is None:
@@ -86,6 +86,11 @@ def convert(
         if tuned is not None:
             adapters.write(folder / adapters.FILE, tuned, config)
     return out
+
+
+def _adapter(names: Sequence[str | Path]) -> adapters.Adapter:
+    """The adapter of these names, or the mean of several."""
+    return adapters.mean([adapters.read(adapters.find(str(name))) for name in names])
 
 
 def embedded_folder() -> AbstractContextManager[Path]:

@@ -153,12 +153,20 @@ def _scores(
     soft.scores = {}
     with handle.running(soft):
         model(window[None].to(input_device(model)), use_cache=False, logits_to_keep=1)
-    later, earlier = torch.tril_indices(len(window), len(window), offset=-1)
-    stride = max(1, windows * len(handle.gates) * len(later) // SAMPLE)
-    pairs = (0, later[::stride], earlier[::stride])
+    pairs = (0, *_sample(len(window), SAMPLE // (windows * len(handle.gates))))
     return torch.stack([soft.scores[layer].cpu()[pairs] for layer in sorted(soft.scores)]).add_(
         threshold
     )
+
+
+def _sample(context: int, count: int) -> tuple[Tensor, Tensor]:
+    """Positions k and j of some pairs j < k, all of them or `count` drawn by seed 0."""
+    later, earlier = torch.tril_indices(context, context, offset=-1)
+    if count < len(later):
+        # Not every so many: that would favour some ages, as the pairs lie row by row.
+        drawn = torch.randint(len(later), (count,), generator=torch.Generator().manual_seed(0))
+        later, earlier = later[drawn], earlier[drawn]
+    return later, earlier
 
 
 def _quantile(scores: Tensor, level: float) -> float:

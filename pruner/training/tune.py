@@ -256,12 +256,12 @@ def tune(
             if last:
                 break
             if stop.is_set():
-                accelerator.end_training()
+                _end_tracking(accelerator)
                 raise Interrupted(
                     f"stopped after step {step + 1} of {total_steps}; the state is saved",
                     "go on with `--resume`",
                 )
-        accelerator.end_training()
+        _end_tracking(accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             prune = handle.config
@@ -314,6 +314,12 @@ def _trackers(config: TuneConfig) -> list[str]:
         if name not in there:
             raise CtxpruneError(f"{name} is not installed", f"`pip install {name}`")
     return list(config.report_to)
+
+
+def _end_tracking(accelerator: Accelerator) -> None:
+    """See that trackers have written everything: `end_training` would part the processes too."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def _say_nothing(_: str) -> None:
