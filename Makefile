@@ -1,6 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# uv installs in a third of the time, where it is there.
+UV := $(shell command -v uv)
+VENV = $(if $(UV),$(UV) venv -q --allow-existing --python $(PYTHON) $(1),$(PYTHON) -m venv $(1))
+INSTALL = $(if $(UV),$(UV) pip install -q --python $(1)/bin/python,$(1)/bin/python -m pip install -q)
+
 COMMANDS := convert tune eval bench report export generate inspect run info
 
 # Both ends of the range of transformers in pyproject.toml.
@@ -12,10 +17,9 @@ setup: .venv/ready
 
 # torch first and pinned: the plain name would pull the CUDA build.
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(call VENV,.venv)
+	$(call INSTALL,.venv) -c constraints.txt torch==2.13.0
+	$(call INSTALL,.venv) -c constraints.txt -e ".[dev]"
 	touch .venv/ready
 
 test check: setup
@@ -33,10 +37,10 @@ test-all: test $(ENDS:%=.venvs/%/ready)
 	done
 
 .venvs/%/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venvs/$*
+	$(call VENV,.venvs/$*)
 	grep -v '^transformers==' constraints.txt > .venvs/$*/constraints.txt
-	.venvs/$*/bin/pip install -q -c constraints.txt torch==2.13.0
-	.venvs/$*/bin/pip install -q -c .venvs/$*/constraints.txt transformers==$* \
+	$(call INSTALL,.venvs/$*) -c constraints.txt torch==2.13.0
+	$(call INSTALL,.venvs/$*) -c .venvs/$*/constraints.txt transformers==$* \
 		pytest hypothesis entmax torchao bitsandbytes -e .
 	touch $@
 
