@@ -14,13 +14,14 @@ powers may be taken. Among them the one is taken that best recalls passages whic
 
 *Weight.* How much a tuned gate leaves to the attention that a row received differs from model to
 model. Training needs a weight before there is a gate, and takes the one of the conversion; the
-weight to evict by is picked afterwards.
+weight to evict by is picked afterwards, by what is lost on running text and of what is recalled.
 
 Power and weight are picked at the level that was tuned for, and hold at all of them.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -87,19 +88,27 @@ def calibrate(
         tried = {sparsity: to_power(ratios[sparsity], power)}
         candidate = replace(config, levels=tried, attention_bonus=weight)
         found = reference.divergence(sparsity, candidate)
-        return float(found[running].mean()), float(found[~running].mean())
+        return _typical(found[:, running]), _typical(found[:, ~running])
 
     weight = config.attention_bonus
     losses = {power: lost(power, weight) for power in POWERS}
     power = pick(losses)
-    by_weight = {weight: losses[power][0]}
+    by_weight = {weight: losses[power]}
     for other in other_weights(weight):
-        by_weight[other] = lost(power, other)[0]
+        by_weight[other] = lost(power, other)
     return replace(
         config,
         levels={level: to_power(kept, power) for level, kept in ratios.items()},
-        attention_bonus=min(by_weight, key=by_weight.__getitem__),
+        attention_bonus=min(by_weight, key=lambda weight: math.prod(by_weight[weight])),
     )
+
+
+def _typical(divergences: Tensor) -> float:
+    """The geometric mean over windows of what they have on the mean, of (windows, places).
+
+    A few tokens at which everything is lost would decide by themselves in a plain mean.
+    """
+    return float(divergences.mean(dim=1).clamp_min(1e-9).log().mean().exp())
 
 
 def passes_of(model: PreTrainedModel, windows: Tensor, sparsity: float) -> int:

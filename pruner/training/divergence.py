@@ -49,17 +49,17 @@ class Reference:
         """Kullback-Leibler divergence in nats from the dense predictions, by the gate policy.
 
         Returns:
-            (m,) float64, at each place, the mean over the windows.
+            (count, m) float64, in each window at each place.
         """
-        found = torch.zeros(len(self._places), dtype=torch.float64)
+        found: list[Tensor] = []
         gates = handle_of(self._model).gate_list
         for batch, dense in zip(self._batches, self._dense, strict=True):
             request = policies.Request(level, (batch.shape[1],), config, gates)
             mode = Evict(policies.make("gate", request))
             pruned = self._log_probabilities(mode, batch)
             apart = F.kl_div(pruned, dense, log_target=True, reduction="none")
-            found += apart.sum(dim=-1).sum(dim=0).double().cpu()
-        return found / sum(map(len, self._batches))
+            found.append(apart.sum(dim=-1).double().cpu())
+        return torch.cat(found)
 
     @torch.no_grad()
     def _log_probabilities(self, mode: Mode, batch: Tensor) -> Tensor:
