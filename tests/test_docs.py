@@ -21,7 +21,7 @@ PAGES = sorted(
 )
 # What a user reads first: its commands are run as printed, its lines are read in a terminal.
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
-PROSE = [*GUIDES, ROOT / "docs" / "glossary.md"]
+PROSE = [*GUIDES, ROOT / "docs" / "glossary.md", ROOT / "CONTRIBUTING.md"]
 COLUMNS = 100
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
