@@ -47,7 +47,8 @@ test-all: test $(ENDS:%=.venvs/%/ready)
 demo: setup
 	$(BIN)/ctxprune run demo --out runs/demo
 
-# The figures and tables of docs/what-it-forgets.md: SmolLM2 as docs/smollm2.md makes it, and its texts.
+# The figures and tables of docs/results/what-it-forgets.md: SmolLM2 as docs/results/smollm2.md
+# makes it, and its texts.
 MODEL ?= smol
 DATA ?= data
 study: setup

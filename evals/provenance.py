@@ -7,11 +7,11 @@ import importlib.metadata
 import platform
 import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ctxprune.evals.places import without_place
 from ctxprune.pruner.device import CPUINFO, processor
 
 # What decides how fast a processor computes, and in which dtype: its flag in /proc/cpuinfo.
@@ -26,7 +26,7 @@ def provenance(*packages: str) -> dict[str, Any]:
             **{package: importlib.metadata.version(package) for package in packages},
         },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(map(without_place, sys.argv)),
     }
 
 

@@ -229,7 +229,7 @@ def refusal(config: PreTrainedConfig, why: str) -> CtxpruneError:
     """The error that says why a model cannot be served."""
     return CtxpruneError(
         f"model type `{config.model_type}` is not supported: {why}",
-        "docs/which-models.md tells what is supported and what is not, and why",
+        "docs/guide/models.md tells what is supported and what is not, and why",
     )
 
 

@@ -124,7 +124,7 @@ def test_layers_are_told_by_part_of_speech_else_by_form(views: list[View]) -> No
     by_layer = {kind.kind: kind.by_layer for kind in views[1].kinds}
     for line in figure.axes[1].lines:
         assert tuple(line.get_ydata()) == by_layer[str(line.get_label())]
-    assert "NOUN" in {line.get_label() for line in figure.axes[0].lines}
+    assert "noun" in {line.get_label() for line in figure.axes[0].lines}
     plain = [
         View(v.label, v.trace, [k for k in v.kinds if k.group == "form"], v.survival, {})
         for v in views

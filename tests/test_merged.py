@@ -221,6 +221,11 @@ def test_a_cap_at_sparsity_0_is_not_called_dense() -> None:
 def test_names_are_short_unless_they_clash() -> None:
     assert short_names(["a/m", "b/n"], 1) == {"a/m": "m", "b/n": "n"}
     assert short_names(["a/m", "b/m"], 1) == {"a/m": "a/m", "b/m": "b/m"}
+    assert short_names(["/x/a/m", "/x/b/m", "/x/n"], 1) == {
+        "/x/a/m": "a/m",
+        "/x/b/m": "b/m",
+        "/x/n": "n",
+    }
     assert short_names(["/x/data/t.txt", "embedded", "."], 2) == {
         "/x/data/t.txt": "data/t.txt",
         "embedded": "embedded",
@@ -231,6 +236,17 @@ def test_names_are_short_unless_they_clash() -> None:
 def test_names_that_are_repeated_here_to_stay_without_torch() -> None:
     assert OF_TEXT == OWN_TASKS
     assert set(BREAKDOWN) == {*RANGES, "rest"}
+
+
+def test_pages_say_nothing_of_where_files_are() -> None:
+    made = result("/home/me/tuned", "gate", [(0.8, 0.8, 33.0)])
+    made |= {"command": "ctxprune eval --text=/home/me/t.txt", "text": "/home/me/a/t.txt"}
+    other = result("/home/me/b/tuned", "gate", [(0.8, 0.8, 32.0)])
+    merged = merge([("/home/me/one.json", made), ("/home/me/two.json", other)])
+    for page in (html(merged), markdown(merged)):
+        assert "/home" not in page
+        assert "ctxprune eval --text=t.txt" in page and "one.json" in page
+        assert "me/tuned" in page and "b/tuned" in page
 
 
 def test_the_tables_in_markdown() -> None:

