@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-COMMANDS := convert tune eval bench report export generate inspect run info
+COMMANDS := convert tune eval bench report export generate chat inspect run info
 
 # Both ends of the range of transformers in pyproject.toml.
 ENDS := 5.19.0 5.24.0

@@ -70,8 +70,13 @@ def chat(
 ) -> None:
     """Talk to an instruct model; the conversation takes constant memory, however long it is.
 
-    Ctrl-C stops an answer. /reset begins anew, /exit or Ctrl-D leaves. From a pipe, a line is a
-    message. The rows of a layer are those of the sparsity at the tuned context, or of the cap.
+    Ctrl-C stops an answer; /reset begins anew; /exit or Ctrl-D leaves.
+
+    From a pipe, every line is a message.
+
+    Rows a layer: those of the sparsity at the tuned context, or of the cap.
+
+    With `--sparsity 0` they are those of the cap alone.
     """
     config = ChatConfig.from_mapping(settings(ctx, ChatConfig), "the options")
     folder = current(model)
@@ -140,7 +145,7 @@ def _tell(answer: Answer) -> None:
     if answer.savings is None:
         say(f"[{ending}{answer.seen:,} tokens read, dense]")
     else:
-        say(f"[{ending}{answer.savings.left}; {answer.savings.memory}]")
+        say(f"[{ending}{answer.savings.brief}]")
 
 
 @contextmanager

@@ -49,9 +49,9 @@ def only_data(wanted: bool) -> Iterator[None]:
         yield
 
 
-def data(value: Any) -> None:
+def data(value: Any, indent: int | None = 2) -> None:
     """A result as JSON on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.write(json.dumps(value, indent=indent) + "\n")
 
 
 def stream(text: str) -> None:

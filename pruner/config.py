@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
@@ -229,7 +229,7 @@ class TuneConfig(FromMapping):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ChatConfig(FromMapping):
     """How a model answers.
 
@@ -304,6 +304,7 @@ class GenerateConfig(ChatConfig):
     """
 
     prompt: tuple[str, ...] = ()
+    _: KW_ONLY
     chat: bool | None = None
     evict: str = PROTOCOLS[0]
     max_new_tokens: int = 128

@@ -43,9 +43,13 @@ class Savings:
     def left(self) -> str:
         """Rows and share left at the end, in words."""
         return (
-            f"{self.rows:,.0f} rows a layer are left of {self.tokens:,} tokens ({self.share:.0%}; "
-            f"compression_ratio {self.compression_ratio:.2f} in kvpress)"
+            f"{self.rows:,.0f} rows a layer are left of {self.tokens:,}: {share_left(self.share)}"
         )
+
+    @property
+    def brief(self) -> str:
+        """Rows left and memory, in words."""
+        return f"{self.rows:,.0f} rows a layer for {self.tokens:,} tokens; {self.memory}"
 
     @property
     def memory(self) -> str:
@@ -61,7 +65,12 @@ class Savings:
 
 def in_words(sparsity: float) -> str:
     """A sparsity that was realised, in words."""
-    return f"sparsity {sparsity:.2f}: a token did not see {sparsity:.0%} of those before it (mean)"
+    return f"sparsity {sparsity:.2f}: on average a token did not see {sparsity:.0%} of those before"
+
+
+def share_left(share: float) -> str:
+    """The share of the rows that is left at the end of a text, in words."""
+    return f"{share:.0%}; kvpress calls that compression_ratio {1.0 - share:.2f}"
 
 
 def megabytes(size: int) -> str:
