@@ -176,11 +176,6 @@ class Rows:
             rows = of_layer[min(seen // plan.intervals[layer], len(of_layer) - 1)]
         return rows if self.room is None else min(rows, self.room)
 
-    def held(self, layer: int, sequence: int, seen: int) -> int:
-        """Rows that a layer holds of a text after `seen` tokens, those since the last step too."""
-        last = seen - seen % self.interval(layer, sequence)
-        return min(seen, self.after(layer, sequence, last) + seen - last)
-
     def limit(self, layer: int, sequence: int) -> int | None:
         """Rows that a layer holds at most at any moment after the prompt; None: any number."""
         plan = self._plan(sequence)

@@ -303,10 +303,14 @@ class PrunedCache(Cache):
         for layer, (new, hidden) in zip(self.attentions, news, strict=True):
             features = layer.policy.annotate(layer.place, hidden)
             query = new.query if layer.policy.watches else None
-            page, rows = self._open(layer, replace(new, query=query, features=features)), tokens
-            if layer.policy.rows is not None:
-                rows = layer.policy.rows.held(layer.place, 0, tokens)
-            page.used = [rows]
+            page = self._open(layer, replace(new, query=query, features=features))
+            rows = layer.policy.rows
+            if rows is not None:
+                last = tokens - tokens % rows.interval(layer.place, 0)
+                stay = min(rows.after(layer.place, 0, last), layer.sight.held(last))
+                page.used = [min(stay, last) + tokens - last]
+            else:
+                page.used = [tokens]
         self.seen, self._begun = [tokens], 0
 
     def attend(
