@@ -78,7 +78,7 @@ def main() -> None:
     """
     hush()
     try:
-        app()
+        app(prog_name="ctxprune")
     except Interrupted as error:
         fail(error)
         sys.exit(130)
