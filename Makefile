@@ -6,7 +6,7 @@ UV := $(shell command -v uv)
 VENV = $(if $(UV),$(UV) venv -q --allow-existing --python $(PYTHON) $(1),$(PYTHON) -m venv $(1))
 INSTALL = $(if $(UV),$(UV) pip install -q --python $(1)/bin/python,$(1)/bin/python -m pip install -q)
 
-COMMANDS := convert tune eval bench report export generate inspect run info
+COMMANDS := convert tune eval bench report export generate chat inspect run info
 
 # Both ends of the range of transformers in pyproject.toml.
 ENDS := 5.19.0 5.24.0

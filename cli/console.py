@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from ctxprune.pruner.files import whole
 
 # In a pipe there is no width to fit: a table keeps its columns whole.
 out = Console(width=None if sys.stdout.isatty() else 160)
+# What `--quiet` silences, and what it does not.
 err = Console(stderr=True)
+errors = Console(stderr=True)
 
 
 def say(line: str) -> None:
@@ -29,16 +31,28 @@ def say(line: str) -> None:
     err.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def complain(line: str) -> None:
+    """One line of what went wrong; it is printed with `--quiet` too."""
+    errors.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def fail(error: CtxpruneError) -> None:
     """A mistake of the user: what is wrong, and what to do."""
-    say(f"error: {error.message}")
+    complain(f"error: {error.message}")
     if error.hint:
-        say(f"\nhint: {error.hint}")
+        complain(f"\nhint: {error.hint}")
 
 
-def data(value: Any) -> None:
+@contextmanager
+def only_data(wanted: bool) -> Iterator[None]:
+    """If it is wanted, keep stdout for `data` after it: tables and texts go to stderr."""
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield
+
+
+def data(value: Any, indent: int | None = 2) -> None:
     """A result as JSON on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.write(json.dumps(value, indent=indent) + "\n")
 
 
 def stream(text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ctxprune.cli.console import say
-from ctxprune.cli.options import Force, Out, given, option
+from ctxprune.cli.options import EVICTION, MODEL, Force, Out, option, settings
 from ctxprune.cli.workspace import set_current
 from ctxprune.pruner.config import PruneConfig
 
@@ -24,58 +24,68 @@ Examples:
 
 
 def convert(
+    ctx: typer.Context,
     out: Out,
     model: Annotated[
         str | None,
         typer.Argument(help="Hub id, model folder or .gguf file; default: the embedded one."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Width of a gate's query and key.")] = None,
+    rank: Annotated[
+        int | None, option("Width of a gate's query and key", PruneConfig.rank, EVICTION)
+    ] = None,
     protect_first: Annotated[
-        int | None, typer.Option(help="First tokens that are never dropped.")
+        int | None,
+        option("First tokens that are never evicted", PruneConfig.protect_first, EVICTION),
     ] = None,
     protect_recent: Annotated[
-        int | None, typer.Option(help="Newest tokens that are never dropped.")
+        int | None,
+        option("Newest tokens that are never evicted", PruneConfig.protect_recent, EVICTION),
     ] = None,
     attention_bonus: Annotated[
         float | None,
-        option(
-            "Weight of the attention that a row received beside its margin",
-            PruneConfig.attention_bonus,
+        typer.Option(
+            "--attention-score",
+            help="Weight of the attention that a row received, beside the gate's margin; "
+            f"default: {PruneConfig.attention_bonus}.",
+            rich_help_panel=EVICTION,
         ),
     ] = None,
     max_rows: Annotated[
-        int | None, typer.Option(help="Cap on the rows of a sequence in a layer.")
+        int | None,
+        typer.Option(
+            help="Cap on the rows of a sequence in a layer; default: none.",
+            rich_help_panel=EVICTION,
+        ),
     ] = None,
     adapter: Annotated[
         list[Path] | None,
         typer.Option(
             help="What `tune --train lora` added to this very model; repeat it to average the "
-            "weights of several, with the gates of the first."
+            "weights of several, with the gates of the first.",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     force: Force = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Let a hub repository run its own code.",
+            rich_help_panel=MODEL,
+        ),
     ] = False,
 ) -> None:
     """Add gates to a pretrained checkpoint; it prunes nothing until it is tuned.
 
-    With an adapter it is tuned already; the bonus and the cap can still be changed.
+    With an adapter it is tuned already; the attention score and the cap can still be changed.
     """
     from ctxprune.pruner.checkpoints import checkpoint
     from ctxprune.pruner.checkpoints import convert as conversion
 
-    settings = given(
-        rank=rank,
-        protect_first=protect_first,
-        protect_recent=protect_recent,
-        attention_bonus=attention_bonus,
-        max_rows=max_rows,
-    )
     folder: Path = conversion.convert(
         model,
         out,
-        settings,
+        settings(ctx, PruneConfig),
         adapter=adapter or [],
         force=force,
         trust_remote_code=trust_remote_code,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ctxprune.cli.console import say
-from ctxprune.cli.options import Force, Model, Out
+from ctxprune.cli.options import OUTPUT, Force, Model, Out
 from ctxprune.cli.report import read
 from ctxprune.cli.workspace import current
 
@@ -17,7 +17,7 @@ Examples:
 
   ctxprune export --out ./release
 
-  ctxprune eval --json results.json && ctxprune export --out ./release --results results.json
+  ctxprune eval --out results.json && ctxprune export --out ./release --results results.json
 
   ctxprune export --out ./release --results gate.json --results sink.json --results speed.json
 """
@@ -28,7 +28,10 @@ def export(
     model: Model = None,
     results: Annotated[
         list[Path] | None,
-        typer.Option(help="What `eval --json` or `bench --json` wrote, for the card; repeatable."),
+        typer.Option(
+            help="What `eval --out` or `bench --out` wrote, for the card; repeatable.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     force: Force = False,
 ) -> None:

@@ -11,25 +11,38 @@ import typer
 
 from ctxprune.cli.console import data, live_memory, say, stream
 from ctxprune.cli.options import (
+    OUTPUT,
+    SAMPLING,
+    TEXT,
     Device,
     DeviceMap,
     Dtype,
     Evict,
+    Json,
+    Level,
     MaxRows,
     Model,
     Policy,
     Seed,
-    given,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
     option,
+    settings,
 )
 from ctxprune.cli.workspace import current
 from ctxprune.pruner.config import GenerateConfig
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.savings import in_words
 
 EXAMPLES = """
 Examples:
 
   ctxprune generate "Once upon a time"
+
+  ctxprune generate --model ./smol "What is the capital of France?"
 
   ctxprune generate --sparsity 0.5 --max-new-tokens 200 --temperature 0.8 "It was a dark night"
 
@@ -44,61 +57,54 @@ Examples:
 
 
 def generate(
+    ctx: typer.Context,
     prompt: Annotated[
         list[str], typer.Argument(help="Texts to continue, as one batch; - reads stdin.")
     ],
     model: Model = None,
-    sparsity: Annotated[
-        float | None, typer.Option(help="Level in [0, 1); default: the tuned one.")
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask the prompt in the model's chat template, or continue it as a text; default: "
+            "ask where the model was taught a template.",
+            rich_help_panel=TEXT,
+            show_default=False,
+        ),
     ] = None,
+    system: System = None,
+    max_new_tokens: Annotated[
+        int | None, option("Tokens to write", GenerateConfig.max_new_tokens, TEXT)
+    ] = None,
+    stop: Stop = None,
+    num_return_sequences: Annotated[
+        int | None, option("Texts a prompt", GenerateConfig.num_return_sequences, TEXT)
+    ] = None,
+    sparsity: Level = None,
     policy: Policy = None,
     evict: Evict = None,
     max_rows: MaxRows = None,
-    max_new_tokens: Annotated[
-        int | None, option("Tokens to write", GenerateConfig.max_new_tokens)
-    ] = None,
-    temperature: Annotated[
-        float | None, option("Of sampling, 0 is greedy", GenerateConfig.temperature)
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample among so many tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample among the likeliest that have this share.")
-    ] = None,
-    num_beams: Annotated[int | None, option("Beams", GenerateConfig.num_beams)] = None,
-    num_return_sequences: Annotated[
-        int | None, option("Texts a prompt", GenerateConfig.num_return_sequences)
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="String that ends a text; may be repeated.")
-    ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    num_beams: Annotated[int | None, option("Beams", GenerateConfig.num_beams, SAMPLING)] = None,
+    seed: Seed = None,
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
-    seed: Seed = None,
     show: Annotated[
-        bool, typer.Option("--show", help="Colour what is in memory and what is forgotten.")
+        bool,
+        typer.Option(
+            "--show",
+            help="Colour what is in memory and what is forgotten.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the figures.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Continue texts; a single one streams. What the cache holds is reported on stderr."""
-    options = given(
-        prompt=[sys.stdin.read() if text == "-" else text for text in prompt],
-        sparsity=sparsity,
-        policy=policy,
-        evict=evict,
-        max_rows=max_rows,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        num_beams=num_beams,
-        num_return_sequences=num_return_sequences,
-        stop=stop,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        seed=seed,
-    )
+    """Continue texts, or answer; a single text streams. stderr tells what the cache holds."""
+    texts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    options = {**settings(ctx, GenerateConfig), "prompt": texts}
     config = GenerateConfig.from_mapping(options, "the options")
     write(current(model), config, show=show, as_json=as_json)
 
@@ -110,6 +116,7 @@ def write(
     from ctxprune.pruner.checkpoints.checkpoint import load_off, load_tokenizer
     from ctxprune.pruner.device import place
     from ctxprune.pruner.engine.handle import handle_of
+    from ctxprune.pruner.generation import chat_template
     from ctxprune.pruner.generation import generate as run
 
     single = len(config.prompt) == config.num_beams == config.num_return_sequences == 1
@@ -122,6 +129,8 @@ def write(
     sparsity = handle.config.tuned if config.sparsity is None else config.sparsity
     handle.use(config.policy, sparsity, max_rows=config.max_rows, evict=config.evict)
     tokenizer = load_tokenizer(folder)
+    if config.chat is None and chat_template(model, tokenizer, config) is not None:
+        say("asking in the model's chat template; `--no-chat` continues the text instead")
     streams = single and not as_json
     if show:
         with live_memory() as on_memory:
@@ -133,14 +142,9 @@ def write(
     elif not streams:
         stream("\n\n".join(done.texts) + "\n")
     pace = f"{done.tokens_per_s:.1f} tokens/s"
-    if done.dense_kv_bytes == 0:
+    if done.savings is None:
         say(f"dense, {pace}")
         return
     capped = f", at the cap {done.capped:.0%} of the time" if done.capped else ""
-    memory = f"cache {done.kv_bytes / 1e6:.2f} MB of {done.dense_kv_bytes / 1e6:.2f} MB dense"
-    if done.kv_bytes >= done.dense_kv_bytes:
-        memory = f"the text is shorter than a page: {done.room:.0f} rows of room a layer"
-    say(
-        f"{done.sparsity:.1%} of the tokens forgotten, {done.rows:.0f} rows a layer, "
-        f"{memory}{capped}, {pace}"
-    )
+    say(f"{in_words(done.sparsity)}; {done.savings.left}")
+    say(f"{done.savings.memory}{capped}; {pace}")

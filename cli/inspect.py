@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import check_writable, legend, say, shaded, write_text
+from ctxprune.cli.console import check_writable, data, legend, only_data, say, shaded, write_text
 from ctxprune.cli.console import out as stdout
-from ctxprune.cli.options import Device, DeviceMap, Dtype, Model, Policy, Seed, given
+from ctxprune.cli.options import (
+    EVICTION,
+    OUTPUT,
+    TEXT,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    Level,
+    Model,
+    Policy,
+    Seed,
+    settings,
+)
 from ctxprune.cli.workspace import current
 from ctxprune.pruner.errors import CtxpruneError
 
@@ -32,47 +44,66 @@ CHARACTERS = 32
 
 
 def inspect(
+    ctx: typer.Context,
     model: Model = None,
     text: Annotated[
         str | None,
-        typer.Option(help="File to read, - for stdin, or a datasets name; default: a sample."),
+        typer.Option(
+            help="File to read, - for stdin, or a datasets name; default: a sample.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
-    sparsity: Annotated[
-        float | None, typer.Option(help="Level in [0, 1); default: the tuned one.")
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of the text, at most; default: 1000.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
+    sparsity: Level = None,
     policy: Policy = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
-            help="POLICY:SPARSITY, or POLICY:SPARSITY@MODEL; repeat it for views side by side."
+            help="POLICY:SPARSITY, or POLICY:SPARSITY@MODEL; repeat it for views side by side.",
+            rich_help_panel=EVICTION,
         ),
     ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Tokens of the text, at most; default: 1000.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the page here.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write its data here.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw figures into this folder.")] = None,
-    save: Annotated[
-        Path | None, typer.Option(help="Write the traces into this folder, as safetensors.")
-    ] = None,
-    terminal: Annotated[
-        bool,
-        typer.Option("--terminal", help="Print the coloured text; so it is if no file is asked."),
-    ] = False,
+    seed: Seed = None,
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
-    seed: Seed = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the page here.", rich_help_panel=OUTPUT),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(help="Draw figures into this folder.", rich_help_panel=OUTPUT),
+    ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the traces into this folder, as safetensors.", rich_help_panel=OUTPUT
+        ),
+    ] = None,
+    terminal: Annotated[
+        bool,
+        typer.Option(
+            "--terminal",
+            help="Print the coloured text; so it is if nothing else is asked for.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what a model still remembers of a text, token by token and layer by layer."""
     if compare and (policy is not None or sparsity is not None):
         raise CtxpruneError(
             "--compare already says the policies and levels", "leave out --policy and --sparsity"
         )
-    for path in (out, json_file):
-        if path is not None:
-            check_writable(path)
+    if out is not None:
+        check_writable(out)
     from ctxprune.evals.inspect.inspection import InspectConfig, Subject, page_data, rich_kinds
     from ctxprune.evals.inspect.inspection import inspect as run
     from ctxprune.evals.inspect.kinds import missing
@@ -80,22 +111,19 @@ def inspect(
     subjects = [Subject.parse(each) for each in compare or ()]
     config = InspectConfig(
         subjects=tuple(subjects) or (Subject(policy or "gate", sparsity),),
-        **given(tokens=tokens, dtype=dtype, device=device, device_map=device_map, seed=seed),
+        **settings(ctx, InspectConfig),
     )
     folder = current(model)
     views = run(folder, _read(text, config.tokens), config, on_event=say)
     note = missing()
     if note is not None:
         say(note)
-    data = page_data(views, f"What {views[0].trace.model} remembers")
+    told = page_data(views, f"What {views[0].trace.model} remembers")
     if out is not None:
         from ctxprune.evals.inspect.page import render
 
-        write_text(out, render(data))
+        write_text(out, render(told))
         say(f"wrote {out}")
-    if json_file is not None:
-        write_text(json_file, json.dumps(data) + "\n")
-        say(f"wrote {json_file}")
     if png is not None:
         from ctxprune.evals.inspect.figures import draw
 
@@ -104,13 +132,16 @@ def inspect(
         for number, view in enumerate(views, start=1):
             view.trace.save(save / f"{number}-{view.trace.policy}.safetensors")
         say(f"wrote {len(views)} traces into {save}")
-    if terminal or not (out or json_file or png or save):
-        for view in views:
-            stdout.rule(view.label)
-            shares = view.trace.visible(view.trace.tokens - 1).double().mean(dim=0)
-            stdout.print(shaded(view.trace.pieces, shares.tolist()))
-        stdout.print(legend())
-        stdout.print(rich_kinds(views))
+    if terminal or not (out or as_json or png or save):
+        with only_data(as_json):
+            for view in views:
+                stdout.rule(view.label)
+                shares = view.trace.visible(view.trace.tokens - 1).double().mean(dim=0)
+                stdout.print(shaded(view.trace.pieces, shares.tolist()))
+            stdout.print(legend())
+            stdout.print(rich_kinds(views))
+    if as_json:
+        data(told, indent=None)
 
 
 def _read(source: str | None, tokens: int) -> str:

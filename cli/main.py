@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
+import tempfile
+import traceback
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from ctxprune.cli import bench, convert, eval, export, generate, info, inspect, report, run, tune
-from ctxprune.cli.console import fail, out, say
+from ctxprune.cli import (
+    bench,
+    chat,
+    convert,
+    eval,
+    export,
+    generate,
+    info,
+    inspect,
+    report,
+    run,
+    tune,
+)
+from ctxprune.cli.command import HELP, Command, Quiet, Verbose, hush, is_verbose
+from ctxprune.cli.console import complain, fail, out
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
+
+# The exit code of an error that is ours: `EX_SOFTWARE` of sysexits.h.
+CRASHED = 70
 
 app = typer.Typer(
     name="ctxprune",
     help="Teach a pretrained causal LM to forget: learned eviction from its own KV cache.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings=HELP,
 )
 for name, command, examples in (
     ("convert", convert.convert, convert.EXAMPLES),
@@ -29,11 +45,12 @@ for name, command, examples in (
     ("report", report.report, report.EXAMPLES),
     ("export", export.export, export.EXAMPLES),
     ("generate", generate.generate, generate.EXAMPLES),
+    ("chat", chat.chat, chat.EXAMPLES),
     ("inspect", inspect.inspect, inspect.EXAMPLES),
     ("run", run.run, run.EXAMPLES),
     ("info", info.info, info.EXAMPLES),
 ):
-    app.command(name, epilog=examples)(command)
+    app.command(name, cls=Command, epilog=examples)(command)
 
 
 def _version(wanted: bool) -> None:
@@ -45,39 +62,53 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     _: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print it."),
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     pass
 
 
-def _quiet() -> None:
-    """Keep the libraries from talking over our own output, unless the user asked for it."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
 def main() -> None:
-    """Run a command. Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
-    _quiet()
+    """Run a command.
+
+    Exit codes: 0 done, 1 a check failed, 2 bad input, 70 a crash, 130 interrupted.
+    """
+    hush()
     try:
-        app()
+        app(prog_name="ctxprune")
     except Interrupted as error:
         fail(error)
         sys.exit(130)
     except CtxpruneError as error:
-        if os.environ.get("CTXPRUNE_DEBUG"):
-            raise
+        if is_verbose():
+            complain(traceback.format_exc())
         fail(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        say("interrupted")
+        complain("interrupted")
         sys.exit(130)
+    except Exception as error:
+        _crash(error)
+        sys.exit(CRASHED)
+
+
+def _crash(error: Exception) -> None:
+    """A fault of ours: what it is, where its traceback is, and what to do with it."""
+    told = traceback.format_exc()
+    first = (str(error).strip().splitlines() or [""])[0]
+    what = f"error: ctxprune crashed: {type(error).__name__}{': ' * bool(first)}{first}"
+    report = "this is a fault of ctxprune; report it to its repository with"
+    if is_verbose():
+        complain(f"{told}\n{what}\n\nhint: {report} the traceback above")
+        return
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="ctxprune-", suffix=".log", delete=False, encoding="utf-8"
+    ) as log:
+        log.write(f"ctxprune {version('ctxprune')}: {' '.join(sys.argv[1:])}\n\n{told}")
+    complain(f"{what}\n\nhint: {report} {log.name}")
 
 
 if __name__ == "__main__":

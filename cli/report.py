@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctxprune.cli.console import check_writable, say, write_text
+from ctxprune.cli.options import OUTPUT
 from ctxprune.pruner.errors import CtxpruneError
 
 if TYPE_CHECKING:
@@ -28,12 +29,18 @@ def report(
     results: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="What `eval --json` and `bench --json` wrote, and report.json of `run`.",
+            help="What `eval --out` and `bench --out` wrote, and report.json of `run`.",
             show_default=False,
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option("--out", help="Page to write: .html with charts, or .md.")
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Page to write: .html with charts, or .md.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = Path("report.html"),
 ) -> None:
     """Merge several results, of models, policies and levels, into one page."""
@@ -59,7 +66,7 @@ def read(paths: Sequence[Path]) -> Merged:
 
     if not paths:
         raise CtxpruneError(
-            "no results were given", "give files that `eval --json` or `bench --json` wrote"
+            "no results were given", "give files that `eval --out` or `bench --out` wrote"
         )
     contents = []
     for path in paths:
@@ -68,6 +75,6 @@ def read(paths: Sequence[Path]) -> Merged:
         except (OSError, ValueError) as error:
             raise CtxpruneError(
                 f"`{path}` cannot be read as JSON: {error}",
-                "give a file that `eval --json` or `bench --json` wrote",
+                "give a file that `eval --out` or `bench --out` wrote",
             ) from error
     return merge(contents)

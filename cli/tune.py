@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from ctxprune.cli.console import say, tuning_progress
-from ctxprune.cli.options import Device, Force, Model, Seed, given, option
+from ctxprune.cli.options import (
+    MODEL,
+    OUTPUT,
+    TEXT,
+    Device,
+    Force,
+    Model,
+    Seed,
+    option,
+    settings,
+    words,
+)
 from ctxprune.cli.workspace import current, set_current
 from ctxprune.pruner.config import TuneConfig
 
@@ -19,111 +30,173 @@ Examples:
 
   ctxprune tune --model ./m --sparsity 0.8 --data books.jsonl.gz --steps 1000 --train lora
 
+  ctxprune tune --sparsity 0.8 --data chats.parquet --text-field messages --report-to tensorboard
+
   ctxprune tune --sparsity 0.8 --resume
 """
 
-Text = typer.Option(help=".txt/.jsonl(.gz) file, folder or datasets name; default: embedded.")
+TRAINING = "Training"
+OBJECTIVE = "Objective"
 
 
 def tune(
+    ctx: typer.Context,
     model: Model = None,
     sparsity: Annotated[
         float | None,
         option(
-            "Share of the context to drop, in [0, 1); 0 trains a dense control", TuneConfig.sparsity
+            "Share of the earlier tokens that a token no longer sees, on the mean, in [0, 1); 0 "
+            "trains a dense baseline",
+            TuneConfig.sparsity,
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to make; default: MODEL-tuned.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder to make; default: MODEL-tuned.", rich_help_panel=OUTPUT
+        ),
     ] = None,
-    data: Annotated[str | None, Text] = None,
+    force: Force = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an interrupted run.", rich_help_panel=OUTPUT),
+    ] = False,
+    save_every: Annotated[
+        int | None, option("Steps between resumable checkpoints", TuneConfig.save_every, OUTPUT)
+    ] = None,
+    report_to: Annotated[
+        str | None,
+        typer.Option(
+            help="Experiment trackers, comma-separated: tensorboard, wandb, ...",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Training text: file (txt, jsonl, json, csv, parquet), folder or datasets name; "
+            "default: the embedded sample, 1 MB of public-domain books.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(
+            help="Field of each row with the text, or the messages of a chat; default: text or "
+            "messages.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     valid: Annotated[
-        str | None, typer.Option(help="Held-out text for calibration, like --data.")
+        str | None,
+        typer.Option(
+            "--validation-data",
+            help="Held-out text for calibration, like --data; default: its last twentieth.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length",
+            help=f"Tokens a window of text; default: {TuneConfig.context}.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    train: Annotated[
+        str | None,
+        option("gates (the model's weights stay), lora or full", TuneConfig.train, TRAINING),
     ] = None,
     steps: Annotated[
         int | None,
-        option("Optimizer steps; 0 with --train gates: calibrate alone", TuneConfig.steps),
+        option(
+            "Optimizer steps; 0 with --train gates: calibrate alone", TuneConfig.steps, TRAINING
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, option("Windows a micro-batch", TuneConfig.batch_size, TRAINING)
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(
+            "--gradient-accumulation-steps",
+            help=f"Micro-batches a step; default: {TuneConfig.accumulate}.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Training tokens; sets the number of steps.", rich_help_panel=TRAINING),
+    ] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="End the training after this time, and calibrate.", rich_help_panel=TRAINING
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None, option("Peak learning rate of the weights", TuneConfig.lr, TRAINING)
+    ] = None,
+    gate_lr: Annotated[
+        float | None, option("Peak learning rate of the gates", TuneConfig.gate_lr, TRAINING)
+    ] = None,
+    lora_rank: Annotated[
+        int | None, option("Rank of the LoRA matrices", TuneConfig.lora_rank, TRAINING)
     ] = None,
     local_steps: Annotated[
         int | None,
-        option("Steps before, of the gates alone, layer by layer", TuneConfig.local_steps),
+        option(
+            "Steps of layer-wise distillation before, of the gates alone",
+            TuneConfig.local_steps,
+            TRAINING,
+        ),
     ] = None,
     local_lr: Annotated[
-        float | None, option("Peak learning rate of the gates in them", TuneConfig.local_lr)
-    ] = None,
-    train: Annotated[str | None, option("gates, lora or full", TuneConfig.train)] = None,
-    context: Annotated[int | None, option("Tokens a window", TuneConfig.context)] = None,
-    batch_size: Annotated[
-        int | None, option("Windows a micro-batch", TuneConfig.batch_size)
-    ] = None,
-    accumulate: Annotated[int | None, option("Micro-batches a step", TuneConfig.accumulate)] = None,
-    lr: Annotated[float | None, option("Peak learning rate of the weights", TuneConfig.lr)] = None,
-    gate_lr: Annotated[
-        float | None, option("Peak learning rate of the gates", TuneConfig.gate_lr)
+        float | None,
+        option("Peak learning rate of the gates in them", TuneConfig.local_lr, TRAINING),
     ] = None,
     distill: Annotated[
         float | None,
-        option("Weight in [0, 1] of distillation from the model itself, dense", TuneConfig.distill),
-    ] = None,
-    ramp: Annotated[
-        float | None, option("Share of the steps over which sparsity rises", TuneConfig.ramp)
-    ] = None,
-    lora_rank: Annotated[
-        int | None, option("Rank of the LoRA matrices", TuneConfig.lora_rank)
-    ] = None,
-    alpha: Annotated[float | None, option("Final alpha of alpha_sigmoid", TuneConfig.alpha)] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Training tokens; sets the number of steps.")
-    ] = None,
-    max_minutes: Annotated[
-        float | None, typer.Option(help="End the training after this time, and calibrate.")
+        typer.Option(
+            help="Weight in [0, 1] of distillation from the model itself, dense, against the "
+            "loss on the text; default: 1 with --train gates, else 0.",
+            rich_help_panel=OBJECTIVE,
+        ),
     ] = None,
     dense_share: Annotated[
-        float | None, option("Share of the text read with the gates off", TuneConfig.dense_share)
+        float | None,
+        option("Share of the text read with the gates off", TuneConfig.dense_share, OBJECTIVE),
     ] = None,
-    save_every: Annotated[
-        int | None, option("Steps between resumable checkpoints", TuneConfig.save_every)
+    ramp: Annotated[
+        float | None,
+        option("Share of the steps over which sparsity rises", TuneConfig.ramp, OBJECTIVE),
     ] = None,
-    bf16: Annotated[bool | None, typer.Option(help="Autocast to bfloat16.")] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            "--entmax-alpha",
+            help="Final alpha of the gates' alpha-sigmoid (1: a sigmoid, 2: sparse); "
+            f"default: {TuneConfig.alpha:g}.",
+            rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    bf16: Annotated[
+        bool | None, typer.Option(help="Autocast to bfloat16.", rich_help_panel=MODEL)
+    ] = None,
     checkpointing: Annotated[
-        bool | None, typer.Option(help="Recompute activations to save memory.")
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Recompute activations to save memory.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     device: Device = None,
     seed: Seed = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run.")
-    ] = False,
-    force: Force = False,
 ) -> None:
     """Fine-tune a converted model to prune, and calibrate its levels of sparsity."""
-    config = TuneConfig(
-        **given(
-            sparsity=sparsity,
-            data=data,
-            valid=valid,
-            steps=steps,
-            local_steps=local_steps,
-            local_lr=local_lr,
-            train=train,
-            context=context,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            lr=lr,
-            gate_lr=gate_lr,
-            distill=distill,
-            ramp=ramp,
-            lora_rank=lora_rank,
-            alpha=alpha,
-            max_tokens=max_tokens,
-            max_minutes=max_minutes,
-            dense_share=dense_share,
-            save_every=save_every,
-            bf16=bf16,
-            checkpointing=checkpointing,
-            device=device,
-            seed=seed,
-        )
-    )
+    given = settings(ctx, TuneConfig)
+    config = TuneConfig(**given | ({"report_to": words(report_to)} if report_to else {}))
     folder = current(model)
     target = out or folder.with_name(f"{folder.name}-tuned")
     from ctxprune.pruner.training import tune as tuning

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_type_hints
 
@@ -249,36 +249,30 @@ class TuneConfig(FromMapping):
         )
 
 
-@dataclass(frozen=True)
-class GenerateConfig(FromMapping):
-    """Texts to write.
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(FromMapping):
+    """How a model answers.
 
     Attributes:
-        prompt: texts to continue, as one batch; a single string is a batch of one.
         sparsity: level in [0, 1); None: the tuned one.
         policy: which eviction policy decides.
-        evict: `reading`: rows leave while a prompt is read; `prompt`: not before its end.
         max_rows: cap on the rows of a sequence in a layer; None: the one of the model; 0: none.
-        max_new_tokens: tokens to write.
+        system: what the model is told before the first message; None: what its template says.
+        max_new_tokens: tokens to write, at most.
         temperature: of sampling; 0 is greedy. top_k, top_p: sample among the likeliest only.
-        num_beams: beams of the search; 1: none.
-        num_return_sequences: texts a prompt.
         stop: strings that end a text.
         seed: of sampling.
         dtype, device, device_map: of the model, see `checkpoint.load`.
     """
 
-    prompt: tuple[str, ...] = ()
     sparsity: float | None = None
     policy: str = "gate"
-    evict: str = PROTOCOLS[0]
     max_rows: int | None = None
-    max_new_tokens: int = 128
+    system: str | None = None
+    max_new_tokens: int = 512
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    num_beams: int = 1
-    num_return_sequences: int = 1
     stop: tuple[str, ...] = ()
     seed: int = 0
     dtype: str = "auto"
@@ -286,26 +280,70 @@ class GenerateConfig(FromMapping):
     device_map: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "stop"):
-            object.__setattr__(self, name, _names(getattr(self, name)))
-        if not self.prompt or not all(text.strip() for text in self.prompt):
-            raise CtxpruneError("the prompt is empty", 'give some text: ctxprune generate "It was"')
+        object.__setattr__(self, "stop", _names(self.stop))
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
-        choose("value of evict", self.evict, PROTOCOLS)
         check_at_least("temperature", self.temperature, 0.0)
-        for name in ("max_new_tokens", "num_beams", "num_return_sequences", "top_k"):
+        for name in ("max_new_tokens", "top_k"):
             value = getattr(self, name)
             if value is not None:
                 check_at_least(name, value, 1)
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise CtxpruneError(f"top_p is a share in (0, 1], not {self.top_p:g}")
-        sampled = self.temperature > 0.0
-        if not sampled and (self.top_k is not None or self.top_p is not None):
+        if not self.temperature and (self.top_k is not None or self.top_p is not None):
             raise CtxpruneError(
                 "top_k and top_p only matter to sampling", "give a temperature such as 0.8"
             )
-        if not sampled and self.num_return_sequences > self.num_beams:
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What transformers' `generate` is told of it."""
+        if not self.temperature:
+            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
+        return {
+            "do_sample": True,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_k": self.top_k or 0,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+        }
+
+
+@dataclass(frozen=True)
+class GenerateConfig(ChatConfig):
+    """Texts to write; what is not listed is as in `ChatConfig`.
+
+    Attributes:
+        prompt: texts to continue, as one batch; a single string is a batch of one.
+        chat: the prompts are messages of a user, in the model's chat template; None: if the model
+            is trained to answer in it.
+        evict: `reading`: rows leave while a prompt is read; `prompt`: not before its end.
+        num_beams: beams of the search; 1: none.
+        num_return_sequences: texts a prompt.
+    """
+
+    prompt: tuple[str, ...] = ()
+    _: KW_ONLY
+    chat: bool | None = None
+    evict: str = PROTOCOLS[0]
+    max_new_tokens: int = 128
+    num_beams: int = 1
+    num_return_sequences: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        prompt = (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
+        object.__setattr__(self, "prompt", prompt)
+        if not self.prompt or not all(text.strip() for text in self.prompt):
+            raise CtxpruneError("the prompt is empty", 'give some text: ctxprune generate "It was"')
+        choose("value of evict", self.evict, PROTOCOLS)
+        for name in ("num_beams", "num_return_sequences"):
+            check_at_least(name, getattr(self, name), 1)
+        if self.system is not None and self.chat is False:
+            raise CtxpruneError(
+                "a system message is part of a chat", "leave out `--system` or `--no-chat`"
+            )
+        if not self.temperature and self.num_return_sequences > self.num_beams:
             raise CtxpruneError(
                 f"greedy search finds {self.num_beams} texts a prompt, not "
                 f"{self.num_return_sequences}",

@@ -122,7 +122,8 @@ def free_pairs(
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The gate computes in its own dtype; entering torch's context costs a decode step dear."""
-    if torch.is_autocast_enabled(device.type):
+    # What has no data has no such context either.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

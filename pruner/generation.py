@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from ctxprune.pruner.config import GenerateConfig
+from ctxprune.pruner.conversation import ChatTemplate, Streamer, opening
 from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.handle import handle_of
+from ctxprune.pruner.savings import Savings
 
 OnMemory = Callable[[list[str], list[float]], None]
 
@@ -25,23 +27,22 @@ class Generation:
     """What was written, and what it took.
 
     Attributes:
-        texts: prompt and continuation, `num_return_sequences` for each prompt in turn.
+        texts: prompt and continuation, `num_return_sequences` for each prompt in turn; of a chat
+            the answers alone.
+        chat: whether the prompts were messages of a user.
         tokens_per_s: new tokens of all returned texts a second, prefill included.
-        sparsity: share of the tokens seen that are gone from the cache at the end; 0 if dense.
-        rows: that a layer holds of a text at the end, on average; 0 if dense.
-        room: rows that its page has room for; a shorter text takes as much memory. 0 if dense.
-        kv_bytes: of the cache at the end; dense_kv_bytes: of a dense one. 0 if dense.
+        sparsity: that was realised: the mean share of the earlier tokens that a token did not see,
+            over all positions; 0 if dense.
         capped: share of the times that the cap on rows was asked at which it made some leave.
+        savings: what the cache held at the end; None if dense.
     """
 
     texts: list[str]
+    chat: bool
     tokens_per_s: float
     sparsity: float
-    rows: float
-    room: float
-    kv_bytes: int
-    dense_kv_bytes: int
     capped: float
+    savings: Savings | None
 
 
 def generate(
@@ -58,29 +59,28 @@ def generate(
         on_text: receives the text as it is written; one prompt, one text, no beams.
         on_memory: receives, after every token of such a text, the pieces that the tokens stand for
             and the share of the layers that the next query will find each of them in.
+
+    Raises:
+        CtxpruneError: a chat is asked for, and the tokenizer has no template or it refuses.
     """
     torch.manual_seed(config.seed)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    batch: Any = tokenizer(list(config.prompt), return_tensors="pt", padding=True)
+    template = chat_template(model, tokenizer, config)
+    batch = _read(tokenizer, config, template)
     options: dict[str, Any] = {
-        "max_new_tokens": config.max_new_tokens,
+        **config.sampling,
         "num_beams": config.num_beams,
         "num_return_sequences": config.num_return_sequences,
         "pad_token_id": tokenizer.pad_token_id,
-        "do_sample": config.temperature > 0.0,
     }
-    if config.temperature > 0.0:
-        options |= {
-            "temperature": config.temperature,
-            "top_k": config.top_k or 0,
-            "top_p": 1.0 if config.top_p is None else config.top_p,
-        }
+    if template is not None:
+        options |= template.ending
     if config.stop:
         options |= {"stop_strings": list(config.stop), "tokenizer": tokenizer}
     if on_text is not None:
-        options["streamer"] = _Streamer(tokenizer, on_text)
+        options["streamer"] = Streamer(tokenizer, on_text, skip_prompt=template is not None)
     handle = handle_of(model)
     handle.last_cache = None
     copies = max(config.num_beams, config.num_return_sequences)
@@ -96,31 +96,44 @@ def generate(
             options["streamer"] = _Memory(tokenizer, cache, on_memory)
         ids = write(**batch.to(input_device(model)), **options)
     seconds = time.monotonic() - began
-    new = ids.shape[0] * (ids.shape[1] - batch["input_ids"].shape[1])
+    read = batch["input_ids"].shape[1]
     held = handle.last_cache
-    rooms: list[int] = [] if held is None else [page.slots for page in held.pages]
     return Generation(
-        tokenizer.batch_decode(ids, skip_special_tokens=True),
-        new / seconds,
-        0.0 if held is None else held.sparsity,
-        0.0 if held is None else held.rows,
-        sum(rooms) / max(len(rooms), 1),
-        0 if held is None else held.nbytes,
-        0 if held is None else held.dense_nbytes,
+        tokenizer.batch_decode(
+            ids if template is None else ids[:, read:], skip_special_tokens=True
+        ),
+        template is not None,
+        ids.shape[0] * (ids.shape[1] - read) / seconds,
+        usage.sparsity,
         usage.capped_share,
+        None if held is None else held.savings,
     )
 
 
-class _Streamer(TextStreamer):
-    """transformers' streamer, with the text handed on instead of printed."""
+def chat_template(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig
+) -> ChatTemplate | None:
+    """The template that the prompts are written in; None: they are texts to continue.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self._on_text = on_text
+    Raises:
+        CtxpruneError: it is asked for, and there is none.
+    """
+    asked = config.chat or config.system is not None
+    if config.chat is False or not (asked or tokenizer.chat_template):
+        return None
+    template = ChatTemplate(model, tokenizer)
+    return template if asked or template.trained else None
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Receive words as soon as they are sure."""
-        self._on_text(text + "\n" * stream_end)
+
+def _read(
+    tokenizer: PreTrainedTokenizerBase, config: GenerateConfig, template: ChatTemplate | None
+) -> Any:
+    """The prompts as a padded batch of ids."""
+    texts = list(config.prompt)
+    if template is not None:
+        before = opening(config)
+        texts = [template.render([*before, {"role": "user", "content": text}]) for text in texts]
+    return tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=template is None)
 
 
 class _Memory(BaseStreamer):

@@ -23,12 +23,13 @@ def test_a_text_becomes_files_that_agree(embedded_folder: Path, tmp_path: Path) 
     (tmp_path / "letter.txt").write_text(HOSTILE, encoding="utf-8")
     done = ctxprune(
         "inspect", "--model", str(embedded_folder), "--text", "letter.txt", "--tokens", "150",
-        "--compare", "sink:0.8", "--compare", "h2o:0.5", "--compare", "sink:0", "--out", str(tmp_path / "r/p.html"),
-        "--json", "r/d.json", "--png", "figures", "--save", "traces", "--terminal", cwd=tmp_path,
+        "--compare", "sink:0.8", "--compare", "h2o:0.5", "--compare", "sink:0",
+        "--out", str(tmp_path / "r/p.html"),
+        "--json", "--png", "figures", "--save", "traces", "--terminal", cwd=tmp_path,
     )  # fmt: skip
     assert str(tmp_path) not in (tmp_path / "r" / "p.html").read_text(encoding="utf-8")
-    assert "sink 0.8" in done.stdout and "punctuation" in done.stdout and "window" in done.stdout
-    data = json.loads((tmp_path / "r" / "d.json").read_text())
+    assert "sink 0.8" in done.stderr and "punctuation" in done.stderr and "window" in done.stderr
+    data = json.loads(done.stdout)
     assert [view["label"] for view in data["views"]] == ["sink 0.8", "h2o 0.5", "dense"]
     assert HOSTILE.startswith("".join(data["views"][0]["pieces"]))
     saved = sorted((tmp_path / "traces").iterdir())

@@ -37,7 +37,7 @@ def evaluation(
     text: str = "books/test.txt",
     **fields: Any,
 ) -> Results:
-    """As `eval --json` writes it."""
+    """As `eval --out` writes it."""
     origin = {"text": text, "dtype": "float32", "device": "cpu", "seed": 3, "limit": 100}
     origin |= {"batch_size": 1, "max_rows": None, "date": "2026-11-25T03:39:06+00:00"}
     versions = {"python": "3.11.7", "torch": "2.13.0"}
@@ -50,7 +50,7 @@ def evaluation(
 
 
 def benchmark(contexts: tuple[int, ...] = (256, 512), **fields: Any) -> Results:
-    """As `bench --json` writes it."""
+    """As `bench --out` writes it."""
 
     def row(mode: str, context: int, level: float) -> Results:
         reads = mode != "oracle"
@@ -114,7 +114,7 @@ def with_row(**fields: Any) -> Results:
 
 
 def training() -> Results:
-    """As `bench --training --json` writes it."""
+    """As `bench --training --out` writes it."""
     spread = {"median": 2.0, "min": 1.9, "max": 2.1}
     row = {"context": 512, "step_s": spread, "peak_bytes": None}
     return {
@@ -418,7 +418,7 @@ def test_figures_that_are_none_are_not_drawn() -> None:
 def test_other_files_are_refused(content: Any, message: str) -> None:
     with pytest.raises(CtxpruneError, match=re.escape("`x.json`")) as caught:
         merge([("x.json", content)])
-    assert message in caught.value.message and "--json" in caught.value.hint
+    assert message in caught.value.message and "--out" in caught.value.hint
 
 
 def test_a_page_needs_no_torch(tmp_path: Path) -> None:

@@ -312,8 +312,8 @@ def test_unequal_prompts_are_written_as_alone(served: Any) -> None:
     for prompt, text in zip(prompts, together.texts, strict=True):
         alone = generate(model, tokenizer, GenerateConfig((prompt,), max_new_tokens=40))
         assert alone.texts == [text] and text.startswith(prompt)
-    assert 0.0 < together.sparsity < 1.0
-    assert 0 < together.kv_bytes < together.dense_kv_bytes
+    assert 0.0 < together.sparsity < 1.0 and together.savings is not None
+    assert 0 < together.savings.kv_bytes < together.savings.dense_kv_bytes
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"temperature": 1.0}], ids=str)
@@ -324,7 +324,8 @@ def test_copies_of_a_prompt_have_its_rows(served: Any, options: dict[str, Any]) 
     prompts = ("It was a bright cold day in the harbour, and the old captain", "The letter")
     config = GenerateConfig(prompts, max_new_tokens=30, num_return_sequences=3, **options)
     done = generate(model, tokenizer, config)
-    assert len(done.texts) == 6 and done.sparsity > 0.5
+    assert done.savings is not None and len(done.texts) == 6
+    assert done.sparsity == pytest.approx(0.5, abs=0.1) and done.savings.compression_ratio > 0.5
     logits_of(model, random_ids(4, 30))
 
 
@@ -368,7 +369,8 @@ def test_memory_is_told_token_by_token(served: Any, sparsity: float) -> None:
     # Random bytes may end within a character.
     assert done.texts[0].rstrip("\ufffd") == "".join(told[-1][0]).rstrip("\ufffd")
     assert (min(told[-1][1]) < 1.0) == (sparsity > 0)
-    assert done.rows == 0.0 if sparsity == 0 else 1 < done.rows < len(told[-1][0])
+    rows = 0.0 if done.savings is None else done.savings.rows
+    assert rows == 0.0 if sparsity == 0 else 1 < rows < len(told[-1][0])
 
 
 @pytest.mark.parametrize(

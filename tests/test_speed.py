@@ -408,10 +408,10 @@ def test_what_would_fail_later_is_refused_at_once(
 
 def test_the_command(tiny_folder: Make, text_file: Path, tmp_path: Path) -> None:
     done = ctxprune(
-        "bench", "--model", str(tiny_folder("gpt2")), "--batch", "1,2", "--context", "64",
+        "bench", "--model", str(tiny_folder("gpt2")), "--batch-size", "1,2", "--context", "64",
         "--sparsity", "0,0.5", "--policy", "window", "--dtype", "float32,float64",
         "--prefills", "1", "--repeats", "1", "--steps", "2", "--text", str(text_file),
-        "--json", "out/r.json", "--plot", "out/r.png", cwd=tmp_path,
+        "--out", "out/r.json", "--plot", "out/r.png", cwd=tmp_path,
     )  # fmt: skip
     told = "float64, batch 2, context 64: decoding 1 of 1"
     assert "window" in done.stdout and told in done.stderr
@@ -426,6 +426,10 @@ def test_the_command(tiny_folder: Make, text_file: Path, tmp_path: Path) -> None
         (["--model", ".", "--modes", "pruned,orcle"], "did you mean `oracle`"),
         (["--model", ".", "--architecture", "gpt2"], "exclude each other"),
         (["--plot", "."], "cannot be written"),
+        (["--training", "--dtype", "float32"], "`--dtype` is nothing to steps of tuning"),
+        (["--training", "--plot", "a.png"], "`--plot` is nothing to steps of tuning"),
+        (["--training", "--batch-size", "1,2"], "measured at one batch size"),
+        (["--bf16"], "`--bf16` is nothing to prefill and decoding"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ def kinds_of(pieces: Sequence[str]) -> Masks:
           on with a word, or is what the piece before it is.
         - `repetition` and `frequency` cover the tokens of words: whether the text had the word
           before, and how often it has it, in capital or small letters.
-        - `part of speech`: Universal Dependencies' tags in words, if a tagger is installed (see `missing`)
-          and no more than half of the letters are other than English. A token has the tag of the
+        - `part of speech`: Universal Dependencies' tags in words, if a tagger is installed (see
+          `missing`) and no more than half of the letters are other than English. A token has the tag of the
           word with its first character that is not a space.
     """
     forms = _forms(pieces)

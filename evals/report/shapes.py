@@ -100,7 +100,7 @@ def kind_of(file: str, results: Any) -> str:
     if lacks:
         raise CtxpruneError(
             f"the results in `{file}` have no usable `{lacks[0]}`",
-            f"write them again with `ctxprune {kind} --json`",
+            f"write them again with `ctxprune {kind} --out FILE`",
         )
     return kind
 
@@ -109,7 +109,7 @@ def no_results(file: str) -> CtxpruneError:
     """The error for a file of something else."""
     return CtxpruneError(
         f"`{file}` holds no results of `ctxprune eval` or `ctxprune bench`",
-        "give what their `--json` wrote, or the report.json of `ctxprune run`",
+        "give what their `--out` wrote, or the report.json of `ctxprune run`",
     )
 
 

@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 
 from ctxprune.evals.report.shapes import BREAKDOWN, DYNAMIC, ORACLE, STATIC
 from ctxprune.evals.report.tables import Table, markdown_table
+from ctxprune.pruner.savings import MEANING, share_left
 
 Row = dict[str, Any]
 
@@ -213,7 +214,17 @@ def note(results: dict[str, Any]) -> str:
     )
     if any(row["text_repeated"] for row in results["rows"]):
         parts.append("some prompts repeated")
-    return ", ".join(parts)
+    return f"{', '.join(parts)}. {_left(results)}".rstrip()
+
+
+def _left(results: dict[str, Any]) -> str:
+    """What a sparsity is, and the rows that it leaves, where something was pruned."""
+    ends = {row["sparsity"]: row["cache_sparsity"] for row in results["rows"] if row["ttft_s"]}
+    pruned = {level: gone for level, gone in ends.items() if level and gone}
+    if not pruned:
+        return ""
+    told = [f"{level:g}: {share_left(1.0 - gone)}" for level, gone in sorted(pruned.items())]
+    return f"Sparsity: {MEANING}. Rows left at the end of a prompt, at {'; at '.join(told)}."
 
 
 def _style(row: Row, level: int) -> dict[str, Any]:

@@ -12,13 +12,16 @@ import json
 import os
 import shutil
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -40,6 +43,8 @@ from ctxprune.pruner.gate import Gate
 
 SETTINGS = "ctxprune.json"
 GATES = "ctxprune.safetensors"
+# What safetensors calls the dtypes that models mostly have.
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 @contextmanager
@@ -212,6 +217,29 @@ def load_off(
     model = load_dense(Path(folder), where)
     attach(model, _load_gates(Path(folder), model, config), config)
     model.eval()
+    return model
+
+
+def sketch(folder: str | Path) -> PreTrainedModel:
+    """The model and gates of a folder without their numbers, on the device `meta`.
+
+    Raises:
+        CtxpruneError: not a converted folder, or of a model that is not understood.
+    """
+    config = read_config(folder)
+    try:
+        about = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CtxpruneError(
+            f"the config.json in `{folder}` cannot be read: {first_line(error)}",
+            "fetch it or convert it again",
+        ) from error
+    kind: Any = check_type(about)
+    with torch.device("meta"):
+        model: PreTrainedModel = kind.from_config(about)
+        decoder = decoder_of(model)
+        gates = nn.ModuleList(Gate(decoder.width, config.rank) for _ in decoder.gated)
+    attach(model, gates, config)
     return model
 
 
@@ -391,23 +419,35 @@ def _load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
-    """What a converted folder holds, for `ctxprune info`."""
-    settings = read_settings(folder)
-    config = read_config(folder)
-    raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    with safe_open(Path(folder) / GATES, framework="pt") as gates:
-        added = sum(_numel(gates.get_slice(name).get_shape()) for name in gates.keys())  # noqa: SIM118
-    total = 0
-    for file in Path(folder).glob("*.safetensors"):
-        if file.name != GATES:
-            with safe_open(file, framework="pt") as weights:
-                total += sum(_numel(weights.get_slice(n).get_shape()) for n in weights.keys())  # noqa: SIM118
+    """What a converted folder holds, for `ctxprune info`.
+
+    Raises:
+        CtxpruneError: it was not converted, or is damaged.
+    """
+    settings, config = read_settings(folder), read_config(folder)
+    check_weights(Path(folder))
+    try:
+        raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        kind = raw["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CtxpruneError(
+            f"the config.json in `{folder}` cannot be read: {first_line(error)}",
+            "fetch it or convert it again",
+        ) from error
+    files = [file for file in Path(folder).glob("*.safetensors") if file.name != GATES]
+    weights = [shape for file in files for shape in _shapes(file)]
+    dtypes = Counter[str]()
+    for dtype, count in weights:
+        dtypes[dtype] += count
     return {
         "folder": str(folder),
-        "model_type": raw["model_type"],
+        "model_type": kind,
+        "architecture": next(iter(raw.get("architectures") or ["unknown"])),
         "layers": settings.get("layers"),
-        "parameters": total,
-        "parameters_added": added,
+        "parameters": sum(count for _, count in weights),
+        "parameters_added": sum(count for _, count in _shapes(Path(folder) / GATES)),
+        "dtype": dtypes.most_common(1)[0][0] if dtypes else None,
+        "disk_bytes": sum(file.stat().st_size for file in Path(folder).iterdir()),
         "policy": "gate",
         "tuned_sparsity": config.tuned,
         "config": dataclasses.asdict(config),
@@ -416,8 +456,17 @@ def describe(folder: str | Path) -> dict[str, Any]:
     }
 
 
-def _numel(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _shapes(file: Path) -> list[tuple[str, int]]:
+    """Of each tensor of a file, its dtype as torch names it, and how many numbers it has.
+
+    Raises:
+        CtxpruneError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118
+            return [(DTYPES.get(s.get_dtype(), s.get_dtype()), prod(s.get_shape())) for s in slices]
+    except (SafetensorError, OSError) as error:
+        raise CtxpruneError(
+            f"`{file}` is missing or damaged: {first_line(error)}", "fetch or convert it again"
+        ) from error

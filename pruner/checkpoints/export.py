@@ -23,7 +23,7 @@ def export(
 
     Args:
         folder: a converted or tuned model. out: the folder to make; force: replace it.
-        results: what `ctxprune eval --json` wrote, for the card's table.
+        results: what `ctxprune eval --out` wrote, for the card's table.
         measured: tables in Markdown for the card, in place of `results`.
 
     Raises:

@@ -8,6 +8,7 @@ tokens are shifted so that their steps coincide.
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,10 +34,13 @@ from ctxprune.pruner.engine.weights import Logits
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.policies import Policy
 from ctxprune.pruner.rows import OBSERVERS
+from ctxprune.pruner.savings import Savings
 
 # Queries a block where no eviction step ends it.
 BLOCK = 128
 NEVER = torch.iinfo(torch.int64).max
+# Tokens of a text that no model reads.
+LONGEST_TEXT = 2**30
 
 
 class PageLayer(CacheLayerMixin):
@@ -288,6 +292,27 @@ class PrunedCache(Cache):
         if self._single:
             self._prepare_step(static)
 
+    def reserve(self, tokens: int, news: Sequence[tuple[New, Tensor]]) -> None:
+        """Make the pages of a text of so many tokens, and count as if it had been read.
+
+        Args:
+            news: of each layer with attention, what one token writes, and the input (1, 1,
+                hidden_size) of its attention; tensors without data will do.
+        """
+        self.begin(1, tokens, None)
+        for layer, (new, hidden) in zip(self.attentions, news, strict=True):
+            features = layer.policy.annotate(layer.place, hidden)
+            query = new.query if layer.policy.watches else None
+            page = self._open(layer, replace(new, query=query, features=features))
+            rows = layer.policy.rows
+            if rows is not None:
+                last = tokens - tokens % rows.interval(layer.place, 0)
+                stay = min(rows.after(layer.place, 0, last), layer.sight.held(last))
+                page.used = [min(stay, last) + tokens - last]
+            else:
+                page.used = [tokens]
+        self.seen, self._begun = [tokens], 0
+
     def attend(
         self, number: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, logits: Logits
     ) -> Tensor:
@@ -382,7 +407,10 @@ class PrunedCache(Cache):
     @property
     def dense_nbytes(self) -> int:
         """Bytes of the keys and values that a dense cache would hold for the tokens seen."""
-        tokens = max(self.seen, default=0)
+        return self.dense_bytes(max(self.seen, default=0))
+
+    def dense_bytes(self, tokens: int) -> int:
+        """The same for so many tokens of each sequence."""
         rows = sum(
             layer.page.row_nbytes
             * (tokens if layer.sight.size is None else min(tokens, layer.sight.size))
@@ -402,6 +430,21 @@ class PrunedCache(Cache):
         """Share of the tokens seen that are gone, over layers with a gate and sequences."""
         seen = sum(self.seen)
         return 1.0 - self.rows * len(self.seen) / seen if seen else 0.0
+
+    @property
+    def savings(self) -> Savings:
+        """What it holds, beside what a dense cache would hold."""
+        nbytes, slots = self.nbytes, [page.slots for page in self.pages]
+        even = bisect_right(range(LONGEST_TEXT), nbytes, key=self.dense_bytes)
+        return Savings(
+            tokens=max(self.seen, default=0),
+            share=1.0 - self.sparsity,
+            rows=self.rows,
+            room=sum(slots) / max(len(slots), 1),
+            kv_bytes=nbytes,
+            dense_kv_bytes=self.dense_nbytes,
+            even_at=even if even < LONGEST_TEXT else None,
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows, counts and records follow their beam, beam_idx (b',) int64."""
