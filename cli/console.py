@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rich.text import Text
 
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.files import whole
 
+if TYPE_CHECKING:
+    from ctxprune.evals.quality.work import Progress
+
+# Seconds between two lines on how far an evaluation is, where no bar can be drawn.
+LINE_EVERY = 60.0
 # In a pipe there is no width to fit: a table keeps its columns whole.
 out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
@@ -125,7 +132,7 @@ def tuning_progress() -> Iterator[tuple[Callable[[dict[str, Any]], None], Callab
         TextColumn("{task.fields[figures]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=err) as bar:
+    with Bar(*columns, console=err) as bar:
         task = bar.add_task("tuning", total=1, figures="", visible=False)
 
         def on_step(figures: dict[str, Any]) -> None:
@@ -138,6 +145,37 @@ def tuning_progress() -> Iterator[tuple[Callable[[dict[str, Any]], None], Callab
             )
 
         yield on_step, lambda line: bar.console.print(line, markup=False, highlight=False)
+
+
+@contextmanager
+def evaluation_progress() -> Iterator[Callable[[Progress], None]]:
+    """A callback for passes of an evaluation: a bar on a terminal, a line a minute elsewhere."""
+    if not err.is_terminal:
+        last = time.monotonic()
+
+        def on_pass(progress: Progress) -> None:
+            nonlocal last
+            if time.monotonic() - last >= LINE_EVERY:
+                last = time.monotonic()
+                say(f"{progress.label}: {progress.share:.0%} of all, {progress.left} left")
+
+        yield on_pass
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[left]} left"),
+    )
+    with Bar(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("", total=1.0, left="", visible=False)
+        yield lambda progress: bar.update(
+            task,
+            description=progress.label,
+            completed=progress.share,
+            left=progress.left,
+            visible=True,
+        )
 
 
 def _figures(figures: dict[str, Any]) -> str:
