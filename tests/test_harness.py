@@ -13,7 +13,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
-from ctxprune.evals.quality.harness import PrunedLM, load_tasks, score, task_manager
+from ctxprune.evals.quality.harness import PrunedLM, score
+from ctxprune.evals.quality.tasks import load_tasks, task_manager
 from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
@@ -26,7 +27,7 @@ def test_dense_scores_are_those_of_lm_eval(
 ) -> None:
     write_tasks(tmp_path)
     folder = tiny_folder(family)
-    tasks = load_tasks(["hellaswag"], tmp_path)
+    tasks = load_tasks(["hellaswag"], tmp_path).tasks
     model = load(folder, sparsity=0.0)
     ours = score(model, load_tokenizer(folder), tasks["hellaswag"], batch_size=batch_size)
     lm = HFLM(str(folder), device="cpu", dtype="float32", batch_size=batch_size)
@@ -53,7 +54,7 @@ def test_each_request_has_the_sparsity_asked_for(
 ) -> None:
     write_tasks(tmp_path, documents=4)
     folder = tiny_folder("llama")
-    task = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
+    task = load_tasks(["hellaswag"], tmp_path).tasks["hellaswag"]
     found = score(load(folder), load_tokenizer(folder), task, policy=policy, sparsity=0.6)
     assert found["sparsity"] == pytest.approx(0.6, abs=0.03)
 
@@ -64,7 +65,7 @@ def test_padding_does_not_count_in_the_sparsity(
     write_tasks(tmp_path)
     folder = tiny_folder("gpt2")
     model, tokenizer = load(folder), load_tokenizer(folder)
-    task = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
+    task = load_tasks(["hellaswag"], tmp_path).tasks["hellaswag"]
     alone, batched = (
         score(model, tokenizer, task, policy="sink", sparsity=0.5, batch_size=batch_size)
         for batch_size in (1, 5)
@@ -227,7 +228,7 @@ def test_a_level_without_eviction_is_refused(
 ) -> None:
     write_tasks(tmp_path, documents=1)
     folder = tiny_folder("gpt2")
-    task = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
+    task = load_tasks(["hellaswag"], tmp_path).tasks["hellaswag"]
     # As if the engine did not reach the model: every level would repeat the dense scores.
     monkeypatch.setattr("ctxprune.pruner.engine.handle.Handle.use", lambda *args, **kwargs: None)
     with pytest.raises(CtxpruneError, match="not one token was evicted on `hellaswag`"):
