@@ -24,8 +24,8 @@ from ctxprune.pruner.device import input_device
 
 # Documents of a task that are made into requests to tell how many there are, and how long.
 SAMPLE = 64
-# Seconds that the timed passes of a level may take before the next one is not begun.
-PATIENCE = 1.0
+# Tokens of the shortest pass that is timed, and seconds that the longest may be expected to take.
+FEW, PATIENCE = 8, 1.0
 # From this many seconds on, there are hints how to have it sooner.
 LONG = 600.0
 
@@ -114,20 +114,15 @@ def of_task(
 def speed(
     model: PreTrainedModel, ids: Sequence[int], batch_size: int | str, length: int, dense: bool
 ) -> Speed:
-    """Time passes of few tokens, of one text, and of a whole batch, as far as patience goes.
+    """Time passes of few tokens, of one text, and of a batch, or as much of it as patience has.
 
     Args:
         model: at the level to time, with its handle at `model.ctxprune`.
         ids: tokens of any text. batch_size: texts a pass. length: tokens of a typical text.
         dense: the model evicts nothing, and is called as such.
     """
-    short = min(8, length)
-    sizes = ((1, short), (1, short), (1, length), (texts_a_pass(batch_size, length), length))
-    found: list[tuple[int, float]] = []
-    began = time.perf_counter()
-    for texts, tokens in sizes:
-        if found and time.perf_counter() - began > PATIENCE:
-            break
+
+    def timed(texts: int, tokens: int) -> float:
         several = [[ids[n % len(ids)] for n in range(tokens)]] * texts
         start = time.perf_counter()
         if dense:
@@ -136,8 +131,13 @@ def speed(
                 float(model(given, use_cache=False).logits[-1, -1, 0])
         else:
             float(last_logits(model, several, [1] * texts)[-1][-1, 0])
-        found.append((texts * tokens, time.perf_counter() - start))
-    (few, least), (many, most) = found[min(1, len(found) - 1)], found[-1]
+        return time.perf_counter() - start
+
+    few, texts = min(FEW, length), texts_a_pass(batch_size, length)
+    timed(1, few)  # the first pass makes what the others find
+    least, many, most = timed(1, few), length, timed(1, length)
+    if (some := min(texts, int(PATIENCE / most))) > 1:
+        many, most = some * length, timed(some, length)
     if many == few:
         return Speed(0.0, most / many)
     a_token = max(most - least, 0.0) / (many - few)
