@@ -7,6 +7,7 @@ measured beforehand, and what is done corrects them.
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,8 +86,7 @@ def of_task(
     """
     total = len(task.eval_docs)
     count = total if limit is None else min(limit, total)
-    step = max(count // SAMPLE, 1)
-    chosen = list(range(0, count, step))
+    chosen = sorted(random.Random(0).sample(range(count), min(count, SAMPLE)))
     with quiet():
         task.build_all_requests(samples=chosen, **prompting)
     reads: list[int] = []
