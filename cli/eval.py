@@ -58,7 +58,11 @@ def evaluate(
         ),
     ] = None,
     sparsity: Annotated[
-        str | None, typer.Option(help="Levels, comma-separated; default: 0 and the calibrated.")
+        str | None,
+        typer.Option(
+            help="Levels, comma-separated: shares of the earlier tokens that are gone when a query "
+            "looks; default: 0 and the calibrated."
+        ),
     ] = None,
     policy: Policy = None,
     evict: Evict = None,

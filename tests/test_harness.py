@@ -95,6 +95,11 @@ def test_dense_scores_of_five_kinds_are_those_of_lm_eval(
         assert dense[task]["sparsity"] == 0.0
         assert 0.78 <= pruned[task]["sparsity"] <= 0.82
         assert 0 < pruned[task]["rows"] < 120
+        for metric, of in pruned[task].get("against_dense", {}).items():
+            apart = pruned[task][metric] - dense[task][metric]
+            assert of["difference"] == pytest.approx(apart) and of["stderr"] >= 0
+    if name != "wikitext":  # of which nothing is a mean over documents
+        assert pruned[name]["against_dense"]
     shots = KINDS[name].get("num_fewshot", 0)
     assert dense[name]["shots"] == shots
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import STORY, write_tasks
 
 from ctxprune.cli import main as cli
@@ -29,6 +30,7 @@ from ctxprune.evals.quality.work import (
     summary,
 )
 from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
+from ctxprune.pruner.errors import CtxpruneError
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -106,7 +108,7 @@ def test_the_meter_counts_what_is_read_up_to_what_was_planned(
     plan = {"first": (speed, Work(2, 20, 2)), "second": (speed, Work(1, 40, 2))}
     meter = Meter(model, plan, shown.append)
     assert meter.total == pytest.approx(4.0 + 6.0)
-    ids = load_ids(10)
+    ids = torch.ones(1, 10, dtype=torch.int64)
     with meter.measuring("first"):
         for _ in range(3):  # one more than planned
             model(ids)
@@ -116,12 +118,6 @@ def test_the_meter_counts_what_is_read_up_to_what_was_planned(
     assert [one.label for one in shown] == ["first"] * 3 + ["second"]
     assert [one.share for one in shown] == pytest.approx([0.2, 0.4, 0.4, 0.6])
     assert all(one.left for one in shown)
-
-
-def load_ids(tokens: int) -> Any:
-    import torch
-
-    return torch.ones(1, tokens, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +212,17 @@ def run(
         cli.main()
     out, err = capsys.readouterr()
     return int(left.value.code or 0), out, err
+
+
+def test_a_device_without_room_is_a_sentence(
+    embedded_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("ctxprune.evals.quality.evaluate.perplexity", full)
+    with pytest.raises(CtxpruneError, match="perplexity at sparsity 0: the device is out of mem"):
+        evaluate(embedded_folder, EvalConfig(sparsity=(0.0,), tokens=512))
 
 
 def test_old_names_of_options_are_understood(

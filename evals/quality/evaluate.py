@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +22,7 @@ from ctxprune.evals.config import OWN_TASKS, EvalConfig
 from ctxprune.evals.provenance import provenance, worker
 from ctxprune.evals.quality import last_word, retrieval
 from ctxprune.evals.quality.accuracy import ERROR, VALUES, against, mean_and_error
+from ctxprune.evals.quality.groups import summed
 from ctxprune.evals.quality.harness import PrunedLM, check_template, score
 from ctxprune.evals.quality.perplexity import perplexity
 from ctxprune.evals.quality.tasks import listed, load_tasks, quiet
@@ -99,7 +99,7 @@ def evaluate(
     check_folder(folder)
     official = _official(config)
     if official:
-        where = "" if config.data_dir is None else f" in `{config.data_dir}`"
+        where = " from the hub" if config.data_dir is None else f" in `{config.data_dir}`"
         say(f"loading the documents of {', '.join(official)}{where}")
     loaded = load_tasks(
         official,
@@ -156,8 +156,13 @@ def evaluate(
         label, key = _label(name, level), keys[level, name]
         if (level, name) in todo:
             say(f"{label}: running")
-            with meter.measuring(label):
-                result = measures[name].run(level)
+            try:
+                with meter.measuring(label):
+                    result = measures[name].run(level)
+            except torch.OutOfMemoryError as error:
+                raise CtxpruneError(
+                    f"{label}: the device is out of memory", "give a smaller `--batch-size`"
+                ) from error
             say(f"{label}: done")
             return finished.put(key, label, result)
         kept = finished.get(key)
@@ -180,7 +185,7 @@ def evaluate(
             found[name] = figures
         row = {"sparsity_requested": level, **found.pop(PERPLEXITY)}
         for name, group in loaded.groups.items():
-            found[name] = _summed(group, found)
+            found[name] = summed(group, found)
         rows.append({**row, "tasks": found})
     return {
         "model": str(folder),
@@ -390,44 +395,3 @@ def _official_task(
     depends = [config.limit, task.get_config("num_fewshot"), prompting, stats(files)]
     settings = task.get_config("generation_kwargs")
     return Measure(run, work, [*depends, settings], afresh=config.log_samples is not None)
-
-
-def _summed(group: Group, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The figures of a group, from those of its tasks: metrics as lm-eval sums them up.
-
-    Sparsity and rows are means over the documents.
-    """
-    tasks = [found[task.task_name] for task in group.get_all_tasks()]
-    by_filter = {
-        task.task_name: {
-            **{_filtered(name): value for name, value in found[task.task_name].items()},
-            "sample_len": found[task.task_name]["n"],
-        }
-        for task in group.get_all_tasks()
-    }
-    summed: dict[str, Any] = {
-        name.removesuffix(",none"): float(value)
-        for name, value in group.aggregate(by_filter).items()
-        if "," in name and isinstance(value, (int, float))
-    }
-    n = sum(each["n"] for each in tasks)
-    for name in ("sparsity", "rows", "cache_sparsity"):
-        values = [each[name] for each in tasks]
-        known = None not in values
-        summed[name] = (
-            sum(v * each["n"] for v, each in zip(values, tasks, strict=True)) / n if known else None
-        )
-    shots = {each["shots"] for each in tasks}
-    summed["shots"] = shots.pop() if len(shots) == 1 else None
-    return {
-        **summed,
-        "n": n,
-        "documents": sum(each["documents"] for each in tasks),
-        "date": min(each["date"] for each in tasks),
-        "of": sorted(task.task_name for task in group.get_all_tasks()),
-    }
-
-
-def _filtered(name: str) -> str:
-    """The name of a metric as lm-eval has it, with its filter."""
-    return name if "," in name else f"{name},none"
