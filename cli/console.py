@@ -7,13 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from ctxprune.pruner.errors import CtxpruneError
@@ -125,80 +123,3 @@ def write_text(path: Path, text: str) -> None:
     """
     with whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class TuningProgress:
-    """Listeners of a tuning: see `tune`."""
-
-    on_step: Callable[[dict[str, Any]], None]
-    on_phase: Callable[[str], None]
-    on_calibration: Callable[[int, int, float], None]
-
-
-@contextmanager
-def tuning_progress() -> Iterator[TuningProgress]:
-    """Listeners that draw a bar on a terminal, and write a line now and then elsewhere."""
-    if not err.is_terminal:
-        yield TuningProgress(_step_line, say, _calibration_line)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[left]}"),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Progress(*columns, console=err) as bar:
-        hidden: dict[str, Any] = {"total": 1, "left": "", "figures": "", "visible": False}
-        steps = bar.add_task("tuning", **hidden)
-        passes = bar.add_task("calibrating", **hidden)
-
-        def on_step(figures: dict[str, Any]) -> None:
-            bar.update(
-                steps,
-                total=figures["steps"],
-                completed=figures["step"],
-                left=_left(figures["eta_s"]),
-                figures=", ".join(_losses(figures)),
-                visible=True,
-            )
-
-        def on_calibration(done: int, total: int, seconds: float) -> None:
-            bar.update(steps, left="")
-            bar.update(passes, total=total, completed=done, left=_left(seconds), visible=True)
-
-        def on_phase(line: str) -> None:
-            bar.console.print(line, markup=False, highlight=False)
-
-        yield TuningProgress(on_step, on_phase, on_calibration)
-
-
-def _left(seconds: float) -> str:
-    """A time left, in minutes and seconds."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
-
-
-def _losses(figures: dict[str, Any]) -> list[str]:
-    local = figures.get("local_error")
-    loss = f"loss {figures['lm_loss']:.3f}" if local is None else f"local error {local:.5f}"
-    if "sparsity_hard" not in figures:
-        return [loss]
-    return [loss, f"sparsity {figures['sparsity_hard']:.2f} of {figures['target']:.2f}"]
-
-
-def _step_line(figures: dict[str, Any]) -> None:
-    if _now_and_then(figures["step"], figures["steps"]):
-        rate = f"{figures['tokens_per_s']:.0f} tokens/s"
-        said = [*_losses(figures), rate, _left(figures["eta_s"])]
-        say(f"step {figures['step']}/{figures['steps']}: {', '.join(said)}")
-
-
-def _calibration_line(done: int, total: int, seconds: float) -> None:
-    if _now_and_then(done, total):
-        say(f"calibrating {done}/{total}: {_left(seconds)}")
-
-
-def _now_and_then(done: int, total: int) -> bool:
-    """Whether a line is due: at the first, the last, and some twenty between them."""
-    return done in (1, total) or done % max(1, total // 20) == 0

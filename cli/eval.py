@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import check_writable, say, write_text
+from ctxprune.cli.console import check_writable, data, only_data, say, write_text
 from ctxprune.cli.console import out as stdout
 from ctxprune.cli.options import (
+    EVICTION,
+    OUTPUT,
     Device,
     DeviceMap,
     Dtype,
     Evict,
+    Json,
     MaxRows,
     Model,
     Policy,
+    ResultsFile,
     Seed,
-    given,
     numbers,
+    settings,
     whole,
     words,
 )
+from ctxprune.cli.progress import evaluation_progress
 from ctxprune.cli.workspace import current
 
 EXAMPLES = """
@@ -31,99 +37,198 @@ Examples:
 
   ctxprune eval --tasks hellaswag,piqa
 
-  ctxprune eval --sparsity 0,0.5,0.8 --json results.json
+  ctxprune eval --sparsity 0,0.5,0.8 --out results.json
+
+  ctxprune eval --tasks gsm8k --num-fewshot 5 --apply-chat-template --limit 100
 
   ctxprune eval --tasks retrieval,last_word --lengths 1024,2048 --text book.txt
 
-  ctxprune eval --policy h2o --evict prompt --context 1280 --prompt 1024 --sparsity 0.8
+  ctxprune eval --policy h2o --evict prompt --max-length 1280 --prompt 1024 --sparsity 0.8
 
   ctxprune eval --policy sink --sparsity 0.8 --tasks piqa --data-dir ./tasks --limit 100
 """
 
+TASKS = "Tasks"
+TEXT = "Perplexity, and the tasks on the same text"
+WORK = "Work"
+
+
+def _count(text: str | None) -> int | str | None:
+    """A number, or a word such as `auto`."""
+    return int(text) if text and text.isdecimal() else text
+
 
 def evaluate(
+    ctx: typer.Context,
     model: Model = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="retrieval, last_word and lm-eval's tasks, comma-separated."),
+        typer.Option(
+            help="retrieval, last_word, and lm-eval's tasks, groups and tags, comma-separated.",
+            callback=words,
+            rich_help_panel=TASKS,
+        ),
     ] = None,
     sparsity: Annotated[
-        str | None, typer.Option(help="Levels, comma-separated; default: 0 and the calibrated.")
+        str | None,
+        typer.Option(
+            help="Levels, comma-separated: shares of the earlier tokens that are gone when a query "
+            "looks; default: 0 and the calibrated.",
+            callback=numbers,
+            rich_help_panel=EVICTION,
+        ),
     ] = None,
     policy: Policy = None,
     evict: Evict = None,
     max_rows: MaxRows = None,
+    list_tasks: Annotated[
+        bool,
+        typer.Option(
+            "--list-tasks",
+            help="Print every task, group and tag, and do no more.",
+            rich_help_panel=TASKS,
+        ),
+    ] = False,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            help="Examples before each document; default: the task's own.", rich_help_panel=TASKS
+        ),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--apply-chat-template",
+            help="Ask as turns of a chat, by the model's template.",
+            rich_help_panel=TASKS,
+        ),
+    ] = False,
+    system_instruction: Annotated[
+        str | None, typer.Option(help="Text before each request.", rich_help_panel=TASKS)
+    ] = None,
+    gen_kwargs: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings of generation: temperature=0.7,do_sample=true.", rich_help_panel=TASKS
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of TASK.jsonl, to run tasks offline; few-shot examples are of it too.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(help="Folder with .yaml definitions of tasks.", rich_help_panel=TASKS),
+    ] = None,
+    log_samples: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write each document, request and answer to; such tasks are always "
+            "measured anew.",
+            rich_help_panel=TASKS,
+        ),
+    ] = None,
     text: Annotated[
         str | None,
-        typer.Option(help="Text for perplexity, retrieval, last_word: file or datasets name."),
+        typer.Option(
+            help="Text for perplexity, retrieval, last_word: file or datasets name.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens a window of that text, for perplexity; default: 512.")
+        int | None,
+        typer.Option(
+            "--max-length",
+            help="Tokens a window of that text, for perplexity; default: 512.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     prompt: Annotated[
         int | None,
-        typer.Option(help="How many of them are read and not scored; default: the first."),
+        typer.Option(
+            help="How many of them are read and not scored; default: the first.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="At most so many tokens of it, for perplexity; default: all.")
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            help="At most so many tokens of it, for perplexity; default: all.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Prompt lengths of the retrieval task, comma-separated."),
+        typer.Option(
+            help="Prompt lengths of retrieval, comma-separated; default: 1024,2048,4096.",
+            callback=whole,
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
             help="Documents a task; default: all. Of retrieval, prompts a length and depth: 10; "
-            "of last_word: 500."
+            "of last_word: 500.",
+            rich_help_panel=WORK,
         ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Texts a forward pass, at most; default: 8.")
+        str | None,
+        typer.Option(
+            help="Texts a forward pass, at most, or `auto`: as many as make 8,192 tokens; "
+            "default: 8.",
+            callback=_count,
+            rich_help_panel=WORK,
+        ),
     ] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of TASK.jsonl, to run the tasks offline.")
-    ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Measure anew what was measured before.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    out: ResultsFile = None,
+    as_json: Json = False,
+    seed: Seed = None,
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
-    seed: Seed = None,
 ) -> None:
     """Measure a model at several levels of sparsity, with tokens really evicted."""
-    if json_file is not None:
-        check_writable(json_file)
+    if list_tasks:
+        _list(include_path)
+        return
+    if out is not None:
+        check_writable(out)
     folder = current(model)
-    options = given(
-        tasks=words(tasks),
-        sparsity=numbers(sparsity),
-        policy=policy,
-        evict=evict,
-        max_rows=max_rows,
-        text=text,
-        context=context,
-        prompt=prompt,
-        tokens=tokens,
-        lengths=whole(lengths),
-        limit=limit,
-        batch_size=batch_size,
-        data_dir=data_dir,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        seed=seed,
-    )
-    from ctxprune.evals.quality.evaluate import EvalConfig
+    from ctxprune.evals.config import EvalConfig
     from ctxprune.evals.quality.evaluate import evaluate as run
-    from ctxprune.evals.report.report import rich_retrieval, rich_table
+    from ctxprune.evals.report.report import rich_tables
 
-    config = EvalConfig.from_mapping(options, "the options")
+    config = EvalConfig.from_mapping(settings(ctx, EvalConfig), "the options")
     state = Path(".ctxprune") / "eval-state.json"
-    results = run(folder, config, state=state, on_event=say)
-    if json_file is not None:
-        write_text(json_file, json.dumps(results, indent=2) + "\n")
-        say(f"wrote {json_file}")
-    stdout.print(rich_table([results]))
-    cells = rich_retrieval([results])
-    if cells is not None:
-        stdout.print(cells)
+    with only_data(as_json), evaluation_progress() as on_progress:
+        results = run(
+            folder, config, state=state, fresh=fresh, on_event=say, on_progress=on_progress
+        )
+        if out is not None:
+            write_text(out, json.dumps(results, indent=2) + "\n")
+            say(f"wrote {out}")
+        for table in rich_tables([results]):
+            stdout.print(table)
+    if as_json:
+        data(results)
+
+
+def _list(include_path: Path | None) -> None:
+    """Every name that `--tasks` takes, one a line, with what it is."""
+    from ctxprune.evals.config import OWN_TASKS
+    from ctxprune.evals.quality.tasks import listed
+
+    names = [*((name, "task of ctxprune") for name in OWN_TASKS), *listed(include_path)]
+    sys.stdout.write("".join(f"{name}\t{kind}\n" for name, kind in names))

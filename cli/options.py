@@ -144,11 +144,6 @@ def settings(ctx: typer.Context, kind: type[Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value not in (None, [], ())}
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were set: the others keep the defaults of their dataclass."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def numbers(text: str | None) -> list[float] | None:
     """`0,0.5,0.8` as numbers.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import say, tuning_progress
+from ctxprune.cli.console import say
 from ctxprune.cli.options import (
     MODEL,
     OUTPUT,
@@ -20,6 +20,7 @@ from ctxprune.cli.options import (
     settings,
     words,
 )
+from ctxprune.cli.progress import tuning_progress
 from ctxprune.cli.workspace import current, set_current
 from ctxprune.pruner.config import TuneConfig
 
@@ -68,6 +69,7 @@ def tune(
         str | None,
         typer.Option(
             help="Experiment trackers, comma-separated: tensorboard, wandb, ...",
+            callback=words,
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -195,8 +197,7 @@ def tune(
     seed: Seed = None,
 ) -> None:
     """Fine-tune a converted model to prune, and calibrate its levels of sparsity."""
-    given = settings(ctx, TuneConfig)
-    config = TuneConfig(**given | ({"report_to": words(report_to)} if report_to else {}))
+    config = TuneConfig(**settings(ctx, TuneConfig))
     folder = current(model)
     target = out or folder.with_name(f"{folder.name}-tuned")
     from ctxprune.pruner.training import tune as tuning

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ctxprune.cli.console import out as stdout
-from ctxprune.cli.console import say, tuning_progress, write_text
+from ctxprune.cli.console import say, write_text
 from ctxprune.cli.generate import write
+from ctxprune.cli.progress import evaluation_progress, tuning_progress
 from ctxprune.pruner.errors import CtxpruneError, choose
 from ctxprune.recipes import Recipe, Step
 
@@ -45,7 +46,7 @@ def check(plan: Recipe) -> None:
     Raises:
         CtxpruneError: naming the step.
     """
-    from ctxprune.evals.quality.evaluate import EvalConfig
+    from ctxprune.evals.config import EvalConfig
     from ctxprune.pruner.config import FromMapping, GenerateConfig, PruneConfig, TuneConfig
 
     configs: dict[str, type[FromMapping]] = {
@@ -223,26 +224,27 @@ class Work:
         write(self._model(step), GenerateConfig.from_mapping(_fields(step), f"step `{step.name}`"))
 
     def _eval(self, step: Step) -> None:
-        from ctxprune.evals.quality.evaluate import EvalConfig, evaluate
+        from ctxprune.evals.config import EvalConfig
+        from ctxprune.evals.quality.evaluate import evaluate
 
-        results = evaluate(
-            self._model(step),
-            EvalConfig.from_mapping(_fields(step), f"step `{step.name}`"),
-            state=self._eval_state,
-            on_event=say,
-        )
+        with evaluation_progress() as on_progress:
+            results = evaluate(
+                self._model(step),
+                EvalConfig.from_mapping(_fields(step), f"step `{step.name}`"),
+                state=self._eval_state,
+                on_event=say,
+                on_progress=on_progress,
+            )
         self.results[step.name] = results
         write_text(self.out / f"{step.name}.json", json.dumps(results, indent=2) + "\n")
 
     def _report(self, step: Step) -> None:
-        from ctxprune.evals.report.report import markdown, plot, rich_retrieval, rich_table
+        from ctxprune.evals.report.report import markdown, plot, rich_tables
 
         chosen = [self.results[name] for name in _results_used(step)]
         write_text(self.out / f"{step.name}.json", json.dumps(chosen, indent=2) + "\n")
         write_text(self.out / f"{step.name}.md", markdown(chosen))
         plot(chosen, self.out / f"{step.name}.png")
-        stdout.print(rich_table(chosen))
-        cells = rich_retrieval(chosen)
-        if cells is not None:
-            stdout.print(cells)
+        for table in rich_tables(chosen):
+            stdout.print(table)
         say(f"wrote {self.out / step.name}.json, .md and .png")

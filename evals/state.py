@@ -1,40 +1,60 @@
-"""Finished measurements on disk, so that a killed run goes on where it was."""
+"""Finished measurements on disk, so that a killed run goes on where it was.
+
+A measurement is kept for as long as nothing has changed that its numbers depend on: question,
+model, files, versions of libraries, and our own code.
+"""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
-import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctxprune import pruner
+from ctxprune.evals import quality
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.files import whole
+
+PRUNER, QUALITY = (Path(package.__path__[0]) for package in (pruner, quality))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A result, and the date (UTC) on which it was measured."""
+
+    result: dict[str, Any]
+    date: str
 
 
 class Finished:
-    """A state file: digest of all that a measurement depends on -> its label and result."""
+    """A state file: digest of all that a measurement depends on -> its label, result and date."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._all: dict[str, dict[str, Any]] = {}
         if path is not None and path.exists():
             try:
-                self._all = json.loads(path.read_text())
+                self._all = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise CtxpruneError(
                     f"`{path}` is not a state file of measurements", "delete it to start afresh"
                 ) from error
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """The result kept under a digest, if there is one."""
+    def get(self, key: str) -> Kept | None:
+        """What is kept under a digest, if there is anything."""
         found = self._all.get(key)
-        return None if found is None else found["result"]
+        return None if found is None else Kept(found["result"], found["date"])
 
-    def put(self, key: str, label: str, result: dict[str, Any]) -> None:
-        """Keep a result, on disk at once."""
-        self._all[key] = {"label": label, "result": result}
+    def put(self, key: str, label: str, result: dict[str, Any]) -> Kept:
+        """Keep a result that was measured now, on disk at once."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._all[key] = {"label": label, "date": now, "result": result}
         self._write()
+        return Kept(result, now)
 
     def drop(self, keys: Iterable[str]) -> None:
         """Forget results: the next run measures anew."""
@@ -44,10 +64,8 @@ class Finished:
 
     def _write(self) -> None:
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._path.with_name(f"{self._path.name}.partial")
-            partial.write_text(json.dumps(self._all, indent=1))
-            os.replace(partial, self._path)
+            with whole(self._path) as temporary:
+                temporary.write_text(json.dumps(self._all), encoding="utf-8")
 
 
 def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
@@ -62,6 +80,20 @@ def text_stats(source: str | None) -> list[tuple[str, int, int]]:
         return []
     path = Path(source)
     return stats(path.rglob("*") if path.is_dir() else [path])
+
+
+def code(policy: str | None) -> str:
+    """A digest of the sources that a number depends on.
+
+    Args:
+        policy: that decides, None if nothing is evicted: the files of the others do not matter.
+    """
+    policies = PRUNER / "policies"
+    others = {path for path in policies.glob("*.py") if path.stem not in ("__init__", policy)}
+    found = hashlib.sha256()
+    for path in sorted({*PRUNER.rglob("*.py"), *QUALITY.rglob("*.py")} - others):
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
 
 
 def digest(value: Any) -> str:

@@ -1,17 +1,24 @@
 """Perplexity, and the resumable loop over levels."""
 
 import dataclasses
+import importlib.metadata
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ctxprune.evals import state as state_module
+from ctxprune.evals.config import EvalConfig
 from ctxprune.evals.quality import evaluate as evaluate_module
 from ctxprune.evals.quality import last_word, retrieval
-from ctxprune.evals.quality.evaluate import EvalConfig, evaluate
+from ctxprune.evals.quality import tasks as tasks_module
+from ctxprune.evals.quality.accuracy import against
+from ctxprune.evals.quality.evaluate import evaluate
 from ctxprune.evals.quality.perplexity import perplexity
 from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.data import read_texts
@@ -177,8 +184,121 @@ def test_finished_measurements_are_not_repeated(
     lines: list[str] = []
     resumed = evaluate(folder, config, state=state, on_event=lines.append)
     assert len(calls) == 3  # level 0 once, level 0.5 killed and repeated
-    assert "perplexity at sparsity 0: already done, kept" in lines
-    assert resumed["levels"] == evaluate(folder, config)["levels"]
+    assert "perplexity at sparsity 0: already done, kept (" in "\n".join(lines)
+    assert undated(resumed["levels"]) == undated(evaluate(folder, config)["levels"])
+
+
+BOTH = ["perplexity at sparsity 0", "perplexity at sparsity 0.5"]
+PRUNED = BOTH[1:]
+
+
+@pytest.mark.parametrize(
+    ("changed", "anew"),
+    [
+        ("nothing", []),
+        ("policies/sink.py", PRUNED),  # the policy that decides
+        ("policies/h2o.py", []),  # another
+        ("policies/__init__.py", BOTH),
+        ("engine/evict.py", BOTH),
+        ("rows.py", BOTH),
+        ("ctxprune", BOTH),
+        ("torch", BOTH),
+        ("transformers", BOTH),
+        ("lm_eval", BOTH),
+        ("--fresh", BOTH),
+    ],
+)
+def test_what_a_number_depends_on_is_measured_anew_if_it_changes(
+    tiny_folder: Callable[[str], Path],
+    config: EvalConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str,
+    anew: list[str],
+) -> None:
+    sources, state, folder = tmp_path / "pruner", tmp_path / "eval.json", tiny_folder("gpt2")
+    shutil.copytree(state_module.PRUNER, sources)
+    monkeypatch.setattr(state_module, "PRUNER", sources)
+    assert running(folder, config, state) == BOTH
+    version = importlib.metadata.version
+    if changed.endswith(".py"):
+        with (sources / changed).open("a") as file:
+            file.write("# its sign was flipped\n")
+    else:
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda name: "99" if name == changed else version(name)
+        )
+    assert running(folder, config, state, fresh=changed == "--fresh") == anew
+    assert running(folder, config, state) == []
+
+
+def test_a_number_that_is_kept_keeps_its_date(
+    tiny_folder: Callable[[str], Path], config: EvalConfig, tmp_path: Path
+) -> None:
+    folder, state = tiny_folder("gpt2"), tmp_path / "eval.json"
+    first = evaluate(folder, config, state=state)
+    kept = json.loads(state.read_text())
+    for entry in kept.values():
+        entry["date"] = "2020-02-29T12:00:00+00:00"
+    state.write_text(json.dumps(kept))
+    lines: list[str] = []
+    again = evaluate(folder, config, state=state, on_event=lines.append)
+    assert "perplexity at sparsity 0: already done, kept (2020-02-29)" in lines
+    assert {level["date"][:4] for level in again["levels"]} == {"2020"} != {again["date"][:4]}
+    assert undated(again["levels"]) == undated(first["levels"])
+
+
+def test_a_dense_model_is_measured_once_whoever_would_decide(
+    tiny_folder: Callable[[str], Path], config: EvalConfig, tmp_path: Path
+) -> None:
+    folder, state = tiny_folder("gpt2"), tmp_path / "eval.json"
+    assert running(folder, config, state) == BOTH
+    other = dataclasses.replace(config, policy="window")
+    assert running(folder, other, state) == PRUNED
+    capped = dataclasses.replace(config, policy="window", max_rows=40)  # evicts at 0 too
+    assert running(folder, capped, state) == BOTH
+
+
+def test_a_difference_to_the_dense_model_is_that_of_the_same_documents(
+    embedded_folder: Path, own: EvalConfig, task_folder: Path
+) -> None:
+    config = dataclasses.replace(
+        own, tasks=("piqa", "last_word"), data_dir=task_folder, limit=6, tokens=4 * CONTEXT
+    )
+    dense, pruned = evaluate(embedded_folder, config)["levels"]
+    assert "against_dense" not in dense
+    assert "against_dense" not in dense["tasks"]["piqa"]
+    paired = pruned["against_dense"]["nll"]
+    ratio = pruned["perplexity"] / dense["perplexity"]
+    assert paired["difference"] == pytest.approx(math.log(ratio))
+    # windows of a text differ more from each other than two models on one window do
+    assert 0 < paired["stderr"] < pruned["perplexity_stderr"] / pruned["perplexity"]
+    for name, metrics in (("piqa", {"acc", "acc_norm"}), ("last_word", {"acc"})):
+        found = pruned["tasks"][name]["against_dense"]
+        assert found.keys() == metrics
+        for metric, of in found.items():
+            apart = pruned["tasks"][name][metric] - dense["tasks"][name][metric]
+            assert of["difference"] == pytest.approx(apart)
+    alone = dataclasses.replace(config, sparsity=(0.5,))
+    assert "against_dense" not in evaluate(embedded_folder, alone)["levels"][0]
+
+
+@pytest.mark.parametrize(
+    ("own", "dense", "difference", "stderr"),
+    [
+        ([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], 0.0, 0.0),
+        ([1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], 0.25, 0.25),
+        ([3.0, 5.0], [1.0, 1.0], 3.0, 1.0),
+        ([2.0], [1.0], 1.0, None),
+    ],
+)
+def test_differences_are_paired(
+    own: list[float], dense: list[float], difference: float, stderr: float | None
+) -> None:
+    found = against({"acc": own, "other": own}, {"acc": dense, "other": [*dense, 0.0]})
+    assert found.keys() == {"acc"}
+    assert found["acc"]["difference"] == pytest.approx(difference)
+    assert found["acc"].get("stderr") == (None if stderr is None else pytest.approx(stderr))
 
 
 def test_a_task_added_later_is_run_alone(
@@ -197,11 +317,12 @@ def test_a_task_added_later_is_run_alone(
         "piqa at sparsity 0.5: running",
     ]
     dense, pruned = (level["tasks"]["piqa"] for level in result["levels"])
-    assert (
-        dense.keys()
-        == pruned.keys()
-        == {*("acc", "acc_norm", "stderr", "sparsity", "rows", "capped", "n")}
-    )
+    assert dense.keys() == {
+        *("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "stderr"),
+        *("sparsity", "rows", "cache_sparsity", "capped", "n", "documents", "shots", "date"),
+    }
+    assert pruned.keys() == {*dense, "against_dense"}
+    assert pruned["against_dense"].keys() == {"acc", "acc_norm"}
     assert dense["sparsity"] == 0.0 < pruned["sparsity"]
     assert dense["n"] == 2
 
@@ -252,28 +373,36 @@ def own(tmp_path: Path) -> EvalConfig:
     )
 
 
-def running(folder: Path, config: EvalConfig, state: Path) -> list[str]:
+def undated(levels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in level.items() if name != "date"} for level in levels]
+
+
+def running(folder: Path, config: EvalConfig, state: Path, *, fresh: bool = False) -> list[str]:
     """What an evaluation says that it measures anew."""
     lines: list[str] = []
-    evaluate(folder, config, state=state, on_event=lines.append)
+    evaluate(folder, config, state=state, fresh=fresh, on_event=lines.append)
     return [line.removesuffix(": running") for line in lines if line.endswith(": running")]
 
 
 def test_our_own_tasks_are_measured_at_every_level(
     embedded_folder: Path, own: EvalConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_module, "load_tasks", lambda names, data_dir: dict.fromkeys(names))
-    result = evaluate(embedded_folder, own)  # without one look at lm-eval's tasks
+    # without one look at lm-eval's tasks
+    monkeypatch.setattr(tasks_module, "TaskManager", None)
+    result = evaluate(embedded_folder, own)
     model, tokenizer = load(embedded_folder), load_tokenizer(embedded_folder)
     texts = read_texts(own.text)
     prompts = retrieval.prompts(tokenizer, texts, lengths=(128, 256), per_cell=2, seed=3)
     passages = last_word.passages(tokenizer, texts, limit=2, seed=3)
     for level in result["levels"]:
         at = {"policy": "sink", "sparsity": level["sparsity_requested"]}
-        assert level["tasks"] == {
+        alone = {
             "retrieval": retrieval.score(model, prompts, **at),
             "last_word": last_word.score(model, passages, **at, batch_size=8),
         }
+        for name, figures in alone.items():
+            assert len(figures.pop("values")["acc"]) == figures["n"]
+            assert figures.items() <= level["tasks"][name].items()
     dense, pruned = (level["tasks"] for level in result["levels"])
     assert dense["retrieval"]["sparsity"] == dense["last_word"]["sparsity"] == 0.0
     assert dense["retrieval"]["cells"][-1]["length"] == 256
@@ -343,6 +472,11 @@ def test_unknown_tasks_name_the_nearest_of_ours_too(
         ({"task": ["piqa"]}, "did you mean `tasks`"),
         ({"policy": "windw"}, "did you mean `window`"),
         ({"sparsity": [1.0]}, r"outside \[0, 1\)"),
+        ({"batch_size": "autoo"}, "unknown batch size `autoo`, did you mean `auto`"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"num_fewshot": -1}, "num_fewshot must be at least 0"),
+        ({"gen_kwargs": "hot"}, "`hot` is no list of settings"),
+        ({"gen_kwargs": ["hot"]}, "gen_kwargs is a mapping"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"dtype": "int8"}, "unknown dtype"),
         ({"lengths": [64]}, "lengths must be at least 128"),

@@ -23,9 +23,9 @@ from transformers import (
 from zoo import VOCABULARY, tiny
 
 from ctxprune import load
-from ctxprune.evals.config import BenchConfig
+from ctxprune.evals.config import BenchConfig, EvalConfig
 from ctxprune.evals.inspect.inspection import InspectConfig, Subject, inspect, page_data
-from ctxprune.evals.quality.evaluate import EvalConfig, evaluate
+from ctxprune.evals.quality.evaluate import evaluate
 from ctxprune.evals.speed.bench import bench
 from ctxprune.pruner.checkpoints.convert import convert
 from ctxprune.pruner.checkpoints.export import export

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,40 +12,199 @@ from conftest import STORY, write_tasks
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedModel
+from lm_eval.tasks import TaskManager
+from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 
-from ctxprune.evals.quality.harness import PrunedLM, load_tasks, score, task_manager
+from ctxprune.evals.config import EvalConfig
+from ctxprune.evals.quality.evaluate import evaluate
+from ctxprune.evals.quality.harness import PrunedLM, score
+from ctxprune.evals.quality.scoring import passes, texts_a_pass
+from ctxprune.evals.quality.tasks import listed, load_tasks, task_manager
 from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 
 
+@pytest.fixture
+def five_kinds(tmp_path: Path) -> dict[str, Path]:
+    """Documents and definitions of tasks of five kinds, as options of `load_tasks`."""
+    write_tasks(tmp_path)
+    sums = [
+        {
+            "question": f"{STORY * (1 + n % 3)} How many are {n} boats and {n}?",
+            "answer": f"#### {2 * n}",
+        }
+        for n in range(6)
+    ]
+    pages = [{"page": STORY * n} for n in (3, 5, 4)]
+    for name, rows in (("gsm8k", sums), ("wikitext", pages)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    definitions = tmp_path / "definitions"
+    definitions.mkdir()
+    (definitions / "harbour.yaml").write_text(
+        "group: harbour\ntask: [hellaswag, piqa]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}, {metric: acc_norm}]\n"
+    )
+    return {"data_dir": tmp_path, "include_path": definitions}
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "hellaswag": {},
+    "piqa": {"num_fewshot": 3},
+    "gsm8k": {"num_fewshot": 2, "gen_kwargs": {"max_gen_toks": 60}},
+    "wikitext": {},
+    "harbour": {},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_dense_scores_of_five_kinds_are_those_of_lm_eval(
+    embedded_folder: Path, five_kinds: dict[str, Path], name: str
+) -> None:
+    """To the last digit; and each kind has the sparsity that is asked for."""
+    options: dict[str, Any] = dict(KINDS[name])
+    if name != "harbour":  # what lm-eval knows is found without reading all of it
+        options["include_path"] = None
+    config = EvalConfig(
+        tasks=(name,), sparsity=(0.0, 0.8), policy="sink", tokens=512, batch_size=2,
+        **{**five_kinds, **options},
+    )  # fmt: skip
+    dense, pruned = (level["tasks"] for level in evaluate(embedded_folder, config)["levels"])
+
+    given: dict[str, Any] = {**five_kinds, **options}
+    loaded = load_tasks([name], given.pop("data_dir"), **given)
+    lm = HFLM(str(embedded_folder), device="cpu", dtype="float32", batch_size=2)
+    output = simple_evaluate(
+        lm,
+        tasks=[*(loaded.groups or loaded.tasks).values()],
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=1000,
+    )
+    assert {*dense} == {*output["results"]} == {*loaded.tasks, *loaded.groups}
+    for task, theirs in output["results"].items():
+        found = {key: value for key, value in theirs.items() if isinstance(value, float)}
+        assert found, "no figures to compare"
+        for key, value in found.items():
+            assert dense[task][key.removesuffix(",none")] == value, key
+        # wikitext's metrics are no means, and lm-eval has no errors for them
+        metrics = [key for key in theirs if "," in key and "_stderr" not in key]
+        for metric, _, filtered in (key.partition(",") for key in metrics):
+            of = "" if filtered == "none" else f",{filtered}"
+            assert f"{metric}_stderr{of}" in dense[task]
+        assert dense[task]["n"] == theirs["sample_len"]
+        assert dense[task]["sparsity"] == 0.0
+        assert 0.78 <= pruned[task]["sparsity"] <= 0.82
+        assert 0 < pruned[task]["rows"] < 120
+        for metric, of in pruned[task].get("against_dense", {}).items():
+            apart = pruned[task][metric] - dense[task][metric]
+            assert of["difference"] == pytest.approx(apart) and of["stderr"] >= 0
+    if name != "wikitext":  # of which nothing is a mean over documents
+        assert pruned[name]["against_dense"]
+    shots = KINDS[name].get("num_fewshot", 0)
+    assert dense[name]["shots"] == shots
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_dense_scores_are_those_of_lm_eval(
-    tiny_folder: Callable[[str], Path], tmp_path: Path, family: str, batch_size: int
+def test_dense_likelihoods_are_those_of_lm_eval(
+    tiny_folder: Callable[[str], Path], family: str, batch_size: int
 ) -> None:
-    write_tasks(tmp_path)
+    # A few documents give few accuracies: the log-likelihoods themselves agree to the last bit.
     folder = tiny_folder(family)
-    tasks = load_tasks(["hellaswag"], tmp_path)
-    model = load(folder, sparsity=0.0)
-    ours = score(model, load_tokenizer(folder), tasks["hellaswag"], batch_size=batch_size)
     lm = HFLM(str(folder), device="cpu", dtype="float32", batch_size=batch_size)
-    output = simple_evaluate(lm, tasks=[tasks["hellaswag"]], task_manager=task_manager())
-    theirs = output["results"]["hellaswag"]
-    assert ours["acc"] == theirs["acc,none"]
-    assert ours["acc_norm"] == theirs["acc_norm,none"]
-    assert ours["stderr"] == theirs["acc_stderr,none"]
-    assert ours["n"] == 6
-    assert ours["sparsity"] == 0.0
-
-    # Six documents give few accuracies: the log-likelihoods themselves must agree to the last bit.
     requests = [
         Instance("loglikelihood", {}, (STORY * (1 + n % 3), ending), n)
         for n, ending in enumerate([" he sails home", " again!", " no", " the boats, one by one"])
     ]
+    model = load(folder, sparsity=0.0)
     lm_ours = PrunedLM(model, load_tokenizer(folder), batch_size=batch_size, dense=True)
     assert lm_ours.loglikelihood(requests) == lm.loglikelihood(requests)
+
+
+def test_examples_are_of_the_local_documents_and_never_the_one_that_is_asked(
+    tmp_path: Path,
+) -> None:
+    write_tasks(tmp_path, documents=4)
+    task = load_tasks(["piqa"], tmp_path, num_fewshot=3).tasks["piqa"]
+    task.build_all_requests()
+    goals = [json.loads(line)["goal"] for line in (tmp_path / "piqa.jsonl").open()]
+    # some goals are the same: it is whole documents that are told apart
+    assert len(task.instances) == 8
+    for request in task.instances:
+        shown = request.args[0].split("\n\n")
+        assert len(shown) == 4
+        assert all(any(goal in example for goal in goals) for example in shown)
+    with pytest.raises(CtxpruneError, match="`piqa` shows 4 examples, and there are 3"):
+        load_tasks(["piqa"], tmp_path, num_fewshot=4)
+
+
+def test_tags_stand_for_their_tasks(tmp_path: Path) -> None:
+    row = {
+        "question": "What floats?",
+        "choices": {"text": ["boats", "stones"], "label": ["A", "B"]},
+    }
+    line = json.dumps({**row, "answerKey": "A"})
+    (tmp_path / "arc_easy.jsonl").write_text(line)
+    with pytest.raises(CtxpruneError, match=r"no file `.*arc_challenge\.jsonl`"):
+        load_tasks(["ai2_arc"], tmp_path)
+    (tmp_path / "arc_challenge.jsonl").write_text(line)
+    loaded = load_tasks(["ai2_arc"], tmp_path)
+    assert {*loaded.tasks} == {"arc_easy", "arc_challenge"} and loaded.groups == {}
+
+
+def test_documents_that_do_not_fit_a_task_are_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "piqa.jsonl").write_text('{"goal": "Float"}')
+    with pytest.raises(CtxpruneError, match="lm-eval cannot load task `piqa`: ValueError"):
+        load_tasks(["piqa"], tmp_path)
+
+
+def test_requests_are_turns_of_a_chat_after_a_system_instruction(
+    embedded_folder: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = load(embedded_folder, sparsity=0.0), load_tokenizer(embedded_folder)
+    task = load_tasks(["piqa"], task_folder, num_fewshot=1).tasks["piqa"]
+    path = tmp_path / "deep" / "piqa.jsonl"
+    with pytest.raises(CtxpruneError, match="no chat template"):
+        score(model, tokenizer, task, apply_chat_template=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    )
+    score(
+        model,
+        tokenizer,
+        task,
+        apply_chat_template=True,
+        system_instruction="Be brief.",
+        limit=2,
+        samples=path,
+    )
+    first, _ = map(json.loads, path.read_text().splitlines())
+    asked = first["arguments"][0][0]
+    assert asked.startswith("<system>Be brief.<user>Question: How does one count boats?")
+    assert asked.count("<user>") == 2 and asked.endswith("<assistant>")
+    assert (first["doc"]["label"], first["target"]) == (0, 0)
+    assert {"acc", "acc_norm", "resps", "filtered_resps"} <= first.keys()
+
+
+def test_a_pass_is_filled_where_the_batch_size_is_left_to_us(
+    tiny_folder: Callable[[str], Path], task_folder: Path
+) -> None:
+    folder = tiny_folder("gpt2")
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    task = load_tasks(["piqa"], task_folder).tasks["piqa"]
+    shapes = []
+    model.register_forward_hook(lambda _, args, out: shapes.append(out.logits.shape[0]))
+    for sparsity in (0.0, 0.5):
+        score(model, tokenizer, task, policy="sink", sparsity=sparsity, batch_size="auto")
+    assert shapes == [6, 6]  # three documents that differ, two requests each
+    assert (texts_a_pass("auto", 100), texts_a_pass("auto", 9000)) == (81, 1)
+    assert [*passes([3000, 4000, 10, 4000], "auto")] == [[1, 3], [0, 2]]
+
+
+def test_names_of_all_kinds_are_listed() -> None:
+    kinds = dict(listed())
+    assert (kinds["hellaswag"], kinds["mmlu"], kinds["ai2_arc"]) == ("task", "group", "tag")
+    assert len(kinds) > 5000
 
 
 @pytest.mark.parametrize("policy", ["h2o", "sink"])
@@ -53,7 +213,7 @@ def test_each_request_has_the_sparsity_asked_for(
 ) -> None:
     write_tasks(tmp_path, documents=4)
     folder = tiny_folder("llama")
-    task = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
+    task = load_tasks(["hellaswag"], tmp_path).tasks["hellaswag"]
     found = score(load(folder), load_tokenizer(folder), task, policy=policy, sparsity=0.6)
     assert found["sparsity"] == pytest.approx(0.6, abs=0.03)
 
@@ -64,7 +224,7 @@ def test_padding_does_not_count_in_the_sparsity(
     write_tasks(tmp_path)
     folder = tiny_folder("gpt2")
     model, tokenizer = load(folder), load_tokenizer(folder)
-    task = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
+    task = load_tasks(["hellaswag"], tmp_path).tasks["hellaswag"]
     alone, batched = (
         score(model, tokenizer, task, policy="sink", sparsity=0.5, batch_size=batch_size)
         for batch_size in (1, 5)
@@ -197,6 +357,22 @@ def test_texts_that_are_written_have_the_sparsity_asked_for(
     assert found["rows"] is not None and 10 < found["rows"] < 80
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_texts_that_end_early_have_the_sparsity_asked_for(
+    tiny_folder: Callable[[str], Path], writing_task: Any, batch_size: int
+) -> None:
+    folder = tiny_folder("llama")
+    model = load(folder)
+    model.generation_config.suppress_tokens = [0]
+    until = StoppingCriteriaList([MaxLengthCriteria(130)])
+    options = {"policy": "sink", "sparsity": 0.8, "batch_size": batch_size}
+    writing_task.set_config("generation_kwargs", {"max_gen_toks": 900}, update=True)
+    with mock.patch("lm_eval.models.huggingface.stop_sequences_criteria", lambda *args: until):
+        found = score(model, load_tokenizer(folder), writing_task, **options)
+    assert found["sparsity"] == pytest.approx(0.8, abs=0.02)
+    assert found["rows"] is not None and found["rows"] < 40
+
+
 def test_a_task_without_prompts_cannot_evict_after_them(
     tiny_folder: Callable[[str], Path], writing_task: Any
 ) -> None:
@@ -227,7 +403,7 @@ def test_a_level_without_eviction_is_refused(
 ) -> None:
     write_tasks(tmp_path, documents=1)
     folder = tiny_folder("gpt2")
-    task = load_tasks(["hellaswag"], tmp_path)["hellaswag"]
+    task = load_tasks(["hellaswag"], tmp_path).tasks["hellaswag"]
     # As if the engine did not reach the model: every level would repeat the dense scores.
     monkeypatch.setattr("ctxprune.pruner.engine.handle.Handle.use", lambda *args, **kwargs: None)
     with pytest.raises(CtxpruneError, match="not one token was evicted on `hellaswag`"):

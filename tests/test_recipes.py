@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ctxprune import recipes
-from ctxprune.cli.console import TuningProgress
+from ctxprune.cli.progress import TuningProgress
 from ctxprune.cli.work import Work, check
 from ctxprune.pruner.checkpoints import adapter
 from ctxprune.pruner.checkpoints.checkpoint import GATES, read_config

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from ctxprune.evals.report.report import markdown, plot, rich_retrieval, rich_table
+from ctxprune.evals.report.report import LEGEND, markdown, metrics_of, plot, rich_tables
 
 
 def result(
@@ -45,28 +46,70 @@ RESULTS = [
 ]
 
 
-def test_markdown_has_a_row_per_level() -> None:
+def test_markdown_has_a_row_per_level_and_a_row_per_metric() -> None:
     lines = markdown(RESULTS).splitlines()
-    assert lines[0] == (
-        "| model | policy | requested | sparsity | cache sparsity | rows | perplexity "
-        "| hellaswag acc | hellaswag acc_norm | hellaswag sparsity |"
-    )
+    assert lines[0] == "| model | policy | sparsity | realised | rows left | perplexity |"
     assert lines[2:6] == [
-        "| tuned | dense | 0 | 0.000 | 0.000 |  | 30.10 |  |  |  |",
-        "| tuned | gate | 0.8 | 0.790 | 0.790 | 108 | 32.30 | 0.420 ± 0.049 | 0.450 | 0.310 |",
-        "| tuned | window | 0.8 | 0.800 | 0.800 | 102 | 220.00 | 0.420 ± 0.049 | 0.450 | 0.310 |",
-        "| control | dense | 0 | 0.000 | 0.000 |  | 29.70 |  |  |  |",
+        "| tuned | dense | 0 | 0.000 |  | 30.10 |",
+        "| tuned | gate | 0.8 | 0.790 | 108 (21%) | 32.30 |",
+        "| tuned | window | 0.8 | 0.800 | 102 (20%) | 220.00 |",
+        "| control | dense | 0 | 0.000 |  | 29.70 |",
     ]
-    assert lines[-1] == "Perplexity at context 512, on 51,100 tokens"
+    assert lines[7] == "Perplexity at context 512, on 51,100 tokens"
+    start = lines.index("Tasks:") + 2
+    assert lines[start] == (
+        "| task | metric | model | policy | sparsity | realised | rows left | value | - dense | n |"
+    )
+    assert lines[start + 2 : start + 6] == [
+        "| hellaswag | acc | tuned | gate | 0.8 | 0.310 | 44 | 0.420 ± 0.049 |  | 100 |",
+        "| hellaswag | acc | tuned | window | 0.8 | 0.310 | 44 | 0.420 ± 0.049 |  | 100 |",
+        "| hellaswag | acc_norm | tuned | gate | 0.8 | 0.310 | 44 | 0.450 |  | 100 |",
+        "| hellaswag | acc_norm | tuned | window | 0.8 | 0.310 | 44 | 0.450 |  | 100 |",
+    ]
+    assert lines[-1] == LEGEND
+    assert "1 - `compression_ratio` of kvpress" in LEGEND
 
 
-def test_rich_table_has_the_same_rows() -> None:
-    table = rich_table(RESULTS)
-    assert table.row_count == 4
-    console = Console(width=200)
+def test_every_metric_is_shown_with_its_error_its_documents_and_its_difference() -> None:
+    scores = {
+        "exact_match,strict-match": 0.25,
+        "exact_match_stderr,strict-match": 0.05,
+        "word_perplexity": 21.5,
+        "word_perplexity_stderr": 1.25,
+        "stderr": 0.05,
+        "sparsity": 0.8,
+        "rows": 30.2,
+        "cache_sparsity": 0.9,
+        "capped": 0.0,
+        "n": 100,
+        "documents": 1319,
+        "shots": 5,
+        "date": "2026-11-28",
+        "against_dense": {"exact_match,strict-match": {"difference": -0.02, "stderr": 0.01}},
+    }
+    only = result("runs/tuned", "gate", [(0.8, 0.79, 32.3)])
+    only["levels"][0]["tasks"] = {"gsm8k": scores}
+    only["levels"][0]["against_dense"] = {"nll": {"difference": 0.0392, "stderr": 0.002}}
+    text = markdown([only])
+    assert "| gate | 0.8 | 0.790 | 108 (21%) | 32.30 | +4.0% ± 0.2% |" in text
+    assert (
+        "| gsm8k, 5-shot | exact_match,strict-match | gate | 0.8 | 0.800 | 30 (10%) "
+        "| 0.250 ± 0.050 | -0.020 ± 0.010 | 100 of 1,319 |"
+    ) in text
+    assert "| word_perplexity | gate | 0.8 | 0.800 | 30 (10%) | 21.50 ± 1.25 |  |" in text
+    assert metrics_of(scores) == ["exact_match,strict-match", "word_perplexity"]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_of_a_terminal_have_the_same_rows(width: int) -> None:
+    texts, tasks = rich_tables(RESULTS)
+    assert (texts.row_count, tasks.row_count) == (4, 4)
+    console = Console(width=width)
     with console.capture() as capture:
-        console.print(table)
-    assert capture.get().count("0.420 ± 0.049") == 2
+        console.print(texts, tasks)
+    shown = capture.get()
+    assert max(map(len, shown.splitlines())) <= width
+    assert shown.count("0.049") == 2
 
 
 def with_retrieval() -> dict[str, Any]:
@@ -84,19 +127,17 @@ def with_retrieval() -> dict[str, Any]:
 
 def test_the_cells_of_retrieval_have_a_table_of_their_own() -> None:
     lines = markdown([with_retrieval()]).splitlines()
-    assert lines[0].endswith("| perplexity | retrieval acc | retrieval sparsity |")
-    assert lines[2].endswith("|  | 30.10 | 0.900 ± 0.050 | 0.000 |")
+    assert "| retrieval | acc | dense | 0 | 0.000 |  | 0.900 ± 0.050 |  |  |" in lines
     start = lines.index("| model | policy | requested | length | 0.1 | 0.9 |")
     assert lines[start - 2].startswith("Accuracy of retrieval")
-    assert lines[start + 2 :] == [
+    assert lines[start + 2 : start + 6] == [
         "| tuned | dense | 0 | 1024 | 0.91 | 0.99 |",
         "| tuned | dense | 0 | 2048 | 0.91 | 0.99 |",
         "| tuned | gate | 0.8 | 1024 | 0.41 | 0.49 |",
         "| tuned | gate | 0.8 | 2048 | 0.41 | 0.49 |",
     ]
-    assert rich_retrieval(RESULTS) is None
-    table = rich_retrieval([*RESULTS, with_retrieval()])
-    assert table is not None and table.row_count == 4
+    *_, cells = rich_tables([*RESULTS, with_retrieval()])
+    assert cells.row_count == 4
 
 
 def test_plot_is_a_png(tmp_path: Path) -> None:
@@ -126,9 +167,9 @@ def test_protocols_are_told_apart(tmp_path: Path) -> None:
         for policy in ("h2o", "gate")
     ]
     text = markdown([*early, *late])
-    assert "| m | h2o | 0.8 | 0.790 | 0.790 | 108 | 40.00 |" in text
-    assert "| m | h2o, after the prompt | 0.8 | 0.150 | 0.150 | 435 | 35.00 |" in text
-    note = text.splitlines()[-1]
+    assert "| h2o | 0.8 | 0.790 | 108 (21%) | 40.00 |" in text
+    assert "| h2o, after the prompt | 0.8 | 0.150 | 435 (85%) | 35.00 |" in text
+    note = next(line for line in text.splitlines() if line.startswith("Perplexity at"))
     assert note.startswith("Perplexity at context 1280, scored after 1024, on 51,100 tokens")
     assert "h2o and tova: while reading, where the papers evict after the prompt" in note
     assert "papers" not in markdown(late)
@@ -141,5 +182,5 @@ def test_results_of_earlier_versions_have_neither_rows_nor_a_protocol() -> None:
     del old["evict"], old["prompt"], old["levels"][0]["rows"]
     del old["levels"][0]["tasks"]["hellaswag"]["rows"]
     lines = markdown([old]).splitlines()
-    assert lines[0].endswith("| hellaswag sparsity |")
-    assert lines[2].startswith("| m | h2o | 0.8 | 0.790 | 0.790 |  | 40.00 |")
+    assert lines[2] == "| h2o | 0.8 | 0.790 |  | 40.00 |"
+    assert "| hellaswag | acc | h2o | 0.8 | 0.310 |  | 0.420 ± 0.049 |  | 100 |" in lines

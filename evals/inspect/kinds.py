@@ -113,8 +113,8 @@ def kinds_of(pieces: Sequence[str]) -> Masks:
         - `repetition` and `frequency` cover the tokens of words: whether the text had the word
           before, and how often it has it, in capital or small letters.
         - `part of speech`: Universal Dependencies' tags in words, if a tagger is installed (see
-          `missing`) and no more than half of the letters are other than English. A token has the tag of the
-          word with its first character that is not a space.
+          `missing`) and no more than half of the letters are other than English. A token has the
+          tag of the word with its first character that is not a space.
     """
     forms = _forms(pieces)
     repetition, frequency = _words(pieces, forms)

@@ -14,102 +14,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.api.task import Task
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ctxprune.evals.config import OWN_TASKS, EvalConfig
 from ctxprune.evals.provenance import provenance, worker
 from ctxprune.evals.quality import last_word, retrieval
-from ctxprune.evals.quality.harness import load_tasks, score, task_manager
+from ctxprune.evals.quality.accuracy import ERROR, VALUES, against, mean_and_error
+from ctxprune.evals.quality.groups import summed
+from ctxprune.evals.quality.harness import PrunedLM, check_template, score
 from ctxprune.evals.quality.perplexity import perplexity
-from ctxprune.evals.state import Finished, digest, stats, text_stats
+from ctxprune.evals.quality.tasks import listed, load_tasks, quiet
+from ctxprune.evals.quality.work import (
+    Meter,
+    Progress,
+    Speed,
+    Work,
+    of_task,
+    reading,
+    speed,
+    summary,
+)
+from ctxprune.evals.state import Finished, Kept, code, digest, stats, text_stats
 from ctxprune.pruner.checkpoints.checkpoint import check_folder, load_off, load_tokenizer
-from ctxprune.pruner.config import PROTOCOLS, FromMapping, check_at_least, check_sparsity
 from ctxprune.pruner.data import read_texts, windows
-from ctxprune.pruner.device import AUTO, dtype_name, input_device, place
+from ctxprune.pruner.device import dtype_name, input_device, place
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError, choose
-from ctxprune.pruner.policies import names as policy_names
 
 PERPLEXITY = "perplexity"
-OWN_TASKS = (retrieval.NAME, last_word.NAME)
 PACKAGES = ("ctxprune", "torch", "transformers", "lm_eval")
 
 
 @dataclass(frozen=True)
-class EvalConfig(FromMapping):
-    """One evaluation.
+class Measure:
+    """Something that is measured at every level.
 
     Attributes:
-        tasks: run beside perplexity: `OWN_TASKS` and names of lm-eval tasks.
-        sparsity: the levels asked for; None: 0 and every level the model was calibrated at.
-        policy: which eviction policy decides.
-        evict: `reading`: rows leave while a text is read; `prompt`: not before the end of its
-            prompt. The rows are as many.
-        max_rows: cap on the rows of a sequence in a layer; None: the one of the model; 0: none.
-        text: for perplexity and our own tasks: .txt/.jsonl(.gz) file, folder, `datasets` name;
-            None: the embedded evaluation sample.
-        context: tokens a window of that text, for perplexity.
-        prompt: how many of them are read and not scored; None: the first.
-        tokens: at most this many tokens of it; None: all.
-        lengths: tokens a prompt of `retrieval`; those that the text or the model's positions
-            cannot serve are left out.
-        limit: documents a task, prompts a length and depth of `retrieval`; None: all of lm-eval's,
-            and `retrieval.PER_CELL`, `last_word.LIMIT`.
-        batch_size: windows, requests or passages a forward pass, at most; `retrieval` takes one
-            text a pass.
-        seed: of lm-eval's generators, and of the choice of texts of our own tasks.
-        data_dir: folder of `<task>.jsonl`, the tasks' documents; None: from the hub.
-        dtype, device, device_map: of the model, see `checkpoint.load`.
+        run: called with a level, gives the figures and `values` of each document.
+        work: how much that is.
+        depends: settings and files that the figures depend on, beside the model and the level.
+        afresh: it is never taken from the state, since it writes a file too.
     """
 
-    tasks: tuple[str, ...] = ()
-    sparsity: tuple[float, ...] | None = None
-    policy: str = "gate"
-    evict: str = PROTOCOLS[0]
-    max_rows: int | None = None
-    text: str | None = None
-    context: int = 512
-    prompt: int | None = None
-    tokens: int | None = None
-    lengths: tuple[int, ...] = retrieval.LENGTHS
-    limit: int | None = None
-    batch_size: int = 8
-    seed: int = 0
-    data_dir: Path | None = None
-    dtype: str = AUTO
-    device: str = AUTO
-    device_map: str | None = None
-
-    def __post_init__(self) -> None:
-        # recipes give lists and strings
-        object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
-        if self.sparsity is not None:
-            levels = tuple(sorted({check_sparsity(float(level)) for level in self.sparsity}))
-            object.__setattr__(self, "sparsity", levels)
-        if self.data_dir is not None:
-            object.__setattr__(self, "data_dir", Path(self.data_dir))
-        choose("policy", self.policy, policy_names())
-        choose("value of evict", self.evict, PROTOCOLS)
-        place(self.device, self.dtype, self.device_map)
-        check_at_least("context", self.context, 2)
-        if self.prompt is not None:
-            check_at_least("prompt", self.prompt, 2)
-            check_at_least("context", self.context, self.prompt + 1)
-        elif self.evict == "prompt":
-            raise CtxpruneError(
-                "rows that leave after a prompt need one in the windows of perplexity too",
-                "give `--prompt N`: so many tokens of each are read, and the rest is scored",
-            )
-        check_at_least("batch_size", self.batch_size, 1)
-        if not self.lengths or {type(length) for length in self.lengths} != {int}:
-            raise CtxpruneError("lengths must be whole numbers, at least one of them")
-        object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
-        # room for a fact, its question and a passage, even if letters are tokens
-        check_at_least("lengths", self.lengths[0], 128)
-        for name in ("tokens", "limit"):
-            value = getattr(self, name)
-            if value is not None:
-                check_at_least(name, value, 1)
+    run: Callable[[float], dict[str, Any]]
+    work: Callable[[], Work]
+    depends: list[Any]
+    afresh: bool = False
 
 
 def evaluate(
@@ -117,7 +69,9 @@ def evaluate(
     config: EvalConfig,
     *,
     state: Path | None = None,
+    fresh: bool = False,
     on_event: Callable[[str], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a converted checkpoint at every level.
 
@@ -125,24 +79,41 @@ def evaluate(
         folder: the checkpoint.
         config: what to measure.
         state: file that keeps finished measurements over runs; made if missing.
-        on_event: called with one line of text when a measurement starts, ends or is skipped.
+        fresh: measure anew what it holds.
+        on_event: called with one line of text: how much work there is, and when a measurement
+            starts, ends or is skipped.
+        on_progress: called after every forward pass.
 
     Returns:
         `model`, `layers` (those that the sparsity is of), `policy`, `evict`, `context`, `prompt`,
         `levels` and provenance, ready for JSON. Each level has `sparsity_requested`, what
-        `Perplexity` has, and `tasks`: name -> metrics, `stderr`, `sparsity` and `rows` (on its own
-        requests), `n`, and what else the task gives.
+        `Perplexity` has, its `date`, and `tasks`: name -> what `harness.score` or one of our own
+        tasks gives, and `date`. Where the dense model was measured too, `against_dense` has the
+        paired difference of each metric that is a mean over the same documents; that of the text
+        is of `nll`, the negative log-likelihood of a token in nats.
 
     Raises:
         CtxpruneError: for bad input, or a pruned level at which nothing was evicted.
     """
     say = on_event or (lambda line: None)
     check_folder(folder)
-    official = _official(config.tasks)
+    official = _official(config)
     if official:
-        say("loading lm-eval's tasks")
-    tasks = load_tasks(official, config.data_dir)
+        where = " from the hub" if config.data_dir is None else f" in `{config.data_dir}`"
+        say(f"loading the documents of {', '.join(official)}{where}")
+    loaded = load_tasks(
+        official,
+        config.data_dir,
+        include_path=config.include_path,
+        num_fewshot=config.num_fewshot,
+        gen_kwargs=config.gen_kwargs,
+    )
+    for name, task in loaded.tasks.items():
+        if config.num_fewshot and task.get_config("num_fewshot") != config.num_fewshot:
+            say(f"{name}: defined without examples, as which it is scored")
     tokenizer = load_tokenizer(folder)
+    if config.apply_chat_template and loaded.tasks:
+        check_template(tokenizer)
     texts = read_texts(config.text, "eval")
     text = windows(tokenizer, texts, config.context)
     if config.tokens is not None:
@@ -150,47 +121,72 @@ def evaluate(
     model = load_off(folder, place(config.device, config.dtype, config.device_map), say)
     handle = handle_of(model)
     levels = config.sparsity or tuple(sorted({0.0, *handle.levels}))
-    runs = _own_tasks(config, model, tokenizer, texts, say)
-    for name, task in tasks.items():
-        runs[name] = partial(
-            score,
-            model,
-            tokenizer,
-            task,
-            batch_size=config.batch_size,
-            limit=config.limit,
-            seed=config.seed,
-        )
+    measures = {
+        PERPLEXITY: _of_text(config, model, text),
+        **_own_tasks(config, model, tokenizer, texts, say),
+        **{
+            name: _official_task(config, model, tokenizer, task)
+            for name, task in loaded.tasks.items()
+        },
+    }
     finished = Finished(state)
     weights = stats(folder.iterdir())
-
-    def measure(level: float, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        label = f"{name} at sparsity {level:g}"
-        key = digest([weights, level, name, _dependencies(config, name)])
-        result = finished.get(key)
-        if result is None:
-            say(f"{label}: running")
-            result = work()
-            finished.put(key, label, result)
-            say(f"{label}: done")
-        else:
-            say(f"{label}: already done, kept")
-        return result
-
-    rows = []
+    versions = provenance(*PACKAGES)["versions"]
     evicts_every = 0
+    keys: dict[tuple[float, str], str] = {}
+    todo: dict[tuple[float, str], Measure] = {}
     for level in levels:
-        handle.use(config.policy, level, context=config.context, max_rows=config.max_rows)
+        _choose(model, config, level)
         evicts_every = max(evicts_every, handle.evicts_every)
-        row = measure(level, PERPLEXITY, partial(_perplexity, model, text, config, level))
-        chosen = {
-            "policy": config.policy,
-            "sparsity": level,
-            "max_rows": config.max_rows,
-            "evict": config.evict,
-        }
-        scores = {name: measure(level, name, partial(run, **chosen)) for name, run in runs.items()}
-        rows.append({"sparsity_requested": level, **row, "tasks": scores})
+        # A dense model is the same whoever would decide.
+        decides = (config.policy, config.evict, config.max_rows) if handle.policy else ()
+        sources = code(config.policy if handle.policy else None)
+        for name, measure in measures.items():
+            keys[level, name] = key = digest(
+                [weights, versions, sources, level, name, decides, _common(config), measure.depends]
+            )
+            if fresh or measure.afresh or finished.get(key) is None:
+                todo[level, name] = measure
+    meter = Meter(model, _plan(model, config, text, todo), on_progress or (lambda progress: None))
+    if todo:
+        for line in summary(meter.plan, config.limit):
+            say(line)
+
+    def measured(level: float, name: str) -> Kept:
+        label, key = _label(name, level), keys[level, name]
+        if (level, name) in todo:
+            say(f"{label}: running")
+            try:
+                with meter.measuring(label):
+                    result = measures[name].run(level)
+            except torch.OutOfMemoryError as error:
+                raise CtxpruneError(
+                    f"{label}: the device is out of memory", "give a smaller `--batch-size`"
+                ) from error
+            say(f"{label}: done")
+            return finished.put(key, label, result)
+        kept = finished.get(key)
+        assert kept is not None
+        say(f"{label}: already done, kept ({kept.date[:10]})")
+        return kept
+
+    rows: list[dict[str, Any]] = []
+    dense: dict[str, dict[str, list[float]]] = {}
+    for level in levels:
+        found: dict[str, dict[str, Any]] = {}
+        for name in measures:
+            kept = measured(level, name)
+            figures = {**kept.result, "date": kept.date}
+            values = figures.pop(VALUES)
+            if level > 0 and name in dense:
+                figures["against_dense"] = against(values, dense[name])
+            elif level == 0 and not figures["sparsity"]:  # a cap on rows evicts at 0 too
+                dense[name] = values
+            found[name] = figures
+        row = {"sparsity_requested": level, **found.pop(PERPLEXITY)}
+        for name, group in loaded.groups.items():
+            found[name] = summed(group, found)
+        rows.append({**row, "tasks": found})
     return {
         "model": str(folder),
         "layers": handle.decoder.describe(),
@@ -203,6 +199,10 @@ def evaluate(
         "levels": rows,
         "text": config.text or "embedded",
         "limit": config.limit,
+        "num_fewshot": config.num_fewshot,
+        "apply_chat_template": config.apply_chat_template,
+        "system_instruction": config.system_instruction,
+        "gen_kwargs": None if config.gen_kwargs is None else dict(config.gen_kwargs),
         "batch_size": config.batch_size,
         "seed": config.seed,
         "dtype": dtype_name(model),
@@ -211,18 +211,105 @@ def evaluate(
     }
 
 
-def _official(names: Sequence[str]) -> list[str]:
+def _official(config: EvalConfig) -> list[str]:
     """The tasks that are lm-eval's.
 
     Raises:
         CtxpruneError: for one that is not, and nearly is called like one of ours.
     """
-    official = [name for name in names if name not in OWN_TASKS]
+    official = [name for name in config.tasks if name not in OWN_TASKS]
     for name in official:
         near = difflib.get_close_matches(name, OWN_TASKS, cutoff=0.8)
-        if near and name not in task_manager().all_tasks:
+        if near and name not in dict(listed(config.include_path)):
             choose("task", name, near)
     return official
+
+
+def _label(name: str, level: float) -> str:
+    return f"{name} at sparsity {level:g}"
+
+
+def _choose(model: PreTrainedModel, config: EvalConfig, level: float) -> None:
+    """Set the model to a level, for windows of the context.
+
+    As in tasks, the last token of a prompt sees what is left of the others: it predicts the first
+    one that is scored.
+    """
+    handle_of(model).use(
+        config.policy,
+        level,
+        context=config.context,
+        prompt=(config.prompt or 1) - 1,
+        max_rows=config.max_rows,
+        evict=config.evict,
+    )
+
+
+def _plan(
+    model: PreTrainedModel,
+    config: EvalConfig,
+    text: Tensor,
+    todo: dict[tuple[float, str], Measure],
+) -> dict[str, tuple[Speed, Work]]:
+    """Label of each measurement to come -> its work, and how fast the model does it."""
+    work = {name: measure.work() for name, measure in {n: m for (_, n), m in todo.items()}.items()}
+    ids = text[0].tolist()
+    speeds: dict[bool, Speed] = {}
+    plan = {}
+    for level, name in todo:
+        _choose(model, config, level)
+        dense = handle_of(model).policy is None
+        if dense not in speeds:
+            requests = sum(each.requests for each in work.values())
+            typical = sum(each.tokens for each in work.values()) // max(requests, 1)
+            length = min(max(typical, 1), config.context)
+            speeds[dense] = speed(model, ids, config.batch_size, length, dense)
+        plan[_label(name, level)] = speeds[dense], work[name]
+    return plan
+
+
+def _chosen(config: EvalConfig, level: float) -> dict[str, Any]:
+    """What the `score` of a task is told of a level."""
+    return {
+        "policy": config.policy,
+        "sparsity": level,
+        "max_rows": config.max_rows,
+        "evict": config.evict,
+    }
+
+
+def _common(config: EvalConfig) -> list[Any]:
+    """The settings that every measurement depends on."""
+    where = place(config.device, config.dtype, config.device_map)
+    return [config.batch_size, config.seed, str(where)]
+
+
+def _of_text(config: EvalConfig, model: PreTrainedModel, text: Tensor) -> Measure:
+    """Perplexity, which is met in windows of the context."""
+
+    def run(level: float) -> dict[str, Any]:
+        torch.manual_seed(config.seed or 0)
+        _choose(model, config, level)
+        result = perplexity(model, text, config.batch_size, config.prompt or 1)
+        if level > 0 and result.sparsity == 0.0:
+            raise CtxpruneError(
+                f"not one token was evicted at sparsity {level:g}, so the perplexity would be the "
+                "dense model's",
+                "the context may be shorter than the protected tokens",
+            )
+        figures = asdict(result)
+        losses = list(figures.pop("nll"))
+        _, stderr = mean_and_error(losses)
+        errors = {} if stderr is None else {f"{PERPLEXITY}{ERROR}": result.perplexity * stderr}
+        return {**figures, **errors, VALUES: {"nll": losses}}
+
+    window = [config.context, config.prompt, config.tokens]
+    lengths = [config.context] * len(text)
+    return Measure(
+        run,
+        lambda: reading(lengths, config.batch_size),
+        [config.text, *window, text_stats(config.text)],
+    )
 
 
 def _own_tasks(
@@ -231,10 +318,11 @@ def _own_tasks(
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
     say: Callable[[str], None],
-) -> dict[str, Callable[..., dict[str, Any]]]:
-    """Those of our own that are asked for: name -> `score`, but for the level and the policy."""
+) -> dict[str, Measure]:
+    """Those of our own that are asked for."""
     longest = handle_of(model).decoder.positions
-    runs: dict[str, Callable[..., dict[str, Any]]] = {}
+    measures: dict[str, Measure] = {}
+    depends = [config.text, config.limit, text_stats(config.text)]
     if retrieval.NAME in config.tasks:
         prompts = retrieval.prompts(
             tokenizer,
@@ -242,65 +330,68 @@ def _own_tasks(
             lengths=config.lengths,
             per_cell=config.limit,
             longest=longest,
-            seed=config.seed,
+            seed=config.seed or 0,
         )
         unserved = sorted(set(config.lengths) - {len(prompt.ids) for prompt in prompts})
         if unserved:
             say(f"{retrieval.NAME}: length {', '.join(map(str, unserved))} cannot be served")
-        runs[retrieval.NAME] = partial(retrieval.score, model, prompts)
+        measures[retrieval.NAME] = Measure(
+            lambda level: retrieval.score(model, prompts, **_chosen(config, level)),
+            partial(_read, prompts, 1),
+            [*depends, config.lengths],
+        )
     if last_word.NAME in config.tasks:
         passages = last_word.passages(
-            tokenizer, texts, limit=config.limit, longest=longest, seed=config.seed
+            tokenizer, texts, limit=config.limit, longest=longest, seed=config.seed or 0
         )
-        runs[last_word.NAME] = partial(
-            last_word.score, model, passages, batch_size=config.batch_size
+        measures[last_word.NAME] = Measure(
+            lambda level: last_word.score(
+                model, passages, **_chosen(config, level), batch_size=config.batch_size
+            ),
+            partial(_read, passages, config.batch_size),
+            depends,
         )
-    return runs
+    return measures
 
 
-def _perplexity(
-    model: PreTrainedModel, text: Tensor, config: EvalConfig, level: float
-) -> dict[str, Any]:
-    """Perplexity at one level, which is met in windows of the context.
+def _read(
+    asked: Sequence[retrieval.Prompt] | Sequence[last_word.Passage], batch_size: int | str
+) -> Work:
+    return reading([len(each.ids) for each in asked], batch_size)
 
-    As in tasks, the last token of a prompt sees what is left of the others: it predicts the first
-    one that is scored.
-    """
-    torch.manual_seed(config.seed)
-    prompt = config.prompt or 1
-    handle_of(model).use(
-        config.policy,
-        level,
-        context=config.context,
-        prompt=prompt - 1,
-        max_rows=config.max_rows,
-        evict=config.evict,
-    )
-    result = perplexity(model, text, config.batch_size, prompt)
-    if level > 0 and result.sparsity == 0.0:
-        raise CtxpruneError(
-            f"not one token was evicted at sparsity {level:g}, so the perplexity would be the "
-            "dense model's",
-            "the context may be shorter than the protected tokens",
+
+def _official_task(
+    config: EvalConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
+) -> Measure:
+    """A task of lm-eval's."""
+    prompting: dict[str, Any] = {
+        "apply_chat_template": config.apply_chat_template,
+        "system_instruction": config.system_instruction,
+    }
+
+    def run(level: float) -> dict[str, Any]:
+        folder = config.log_samples
+        samples = None if folder is None else folder / f"{task.task_name}-{level:g}.jsonl"
+        return score(
+            model,
+            tokenizer,
+            task,
+            **_chosen(config, level),
+            **prompting,
+            batch_size=config.batch_size,
+            limit=config.limit,
+            seed=config.seed,
+            samples=samples,
         )
-    return asdict(result)
 
+    def work() -> Work:
+        with quiet():
+            lm = PrunedLM(model, tokenizer)
+        return of_task(lm, task, config.limit, config.batch_size, **prompting)
 
-def _dependencies(config: EvalConfig, name: str) -> list[Any]:
-    """The settings and files that one measurement depends on, beside the model."""
-    common = [
-        config.policy,
-        config.evict,
-        config.max_rows,
-        config.batch_size,
-        config.seed,
-        str(place(config.device, config.dtype, config.device_map)),
-    ]
-    if name == PERPLEXITY:
-        window = [config.context, config.prompt, config.tokens]
-        return [*common, config.text, *window, text_stats(config.text)]
-    if name in OWN_TASKS:
-        lengths = config.lengths if name == retrieval.NAME else ()
-        return [*common, config.text, lengths, config.limit, text_stats(config.text)]
-    documents = [] if config.data_dir is None else [config.data_dir / f"{name}.jsonl"]
-    return [*common, config.limit, stats(documents)]
+    data, definitions = config.data_dir, config.include_path
+    files = [] if data is None else [data / f"{task.task_name}.jsonl"]
+    files += [] if definitions is None else list(definitions.rglob("*"))
+    depends = [config.limit, task.get_config("num_fewshot"), prompting, stats(files)]
+    settings = task.get_config("generation_kwargs")
+    return Measure(run, work, [*depends, settings], afresh=config.log_samples is not None)

@@ -1,37 +1,45 @@
 """lm-eval's own tasks on a model that evicts while it scores.
 
-Owns the bridge to lm-eval: the model class, the loading of official tasks (from the hub, or on
-local files), and one task at one level. Knows nothing of levels loops or of files of results.
+Owns the bridge to lm-eval: the model class, and one task at one level. Knows nothing of where
+tasks come from, of levels loops, or of files of results.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import functools
-import logging
-import sys
-from collections.abc import Iterator, Sequence
+import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
-from datasets.exceptions import DatasetGenerationError
-from lm_eval import simple_evaluate
-from lm_eval.api.metrics import mean_stderr
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import bits_per_byte, bootstrap_stderr, mean, weighted_perplexity
 from lm_eval.api.registry import register_model
 from lm_eval.api.task import Task
+from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxprune.evals.quality.accuracy import refuse_dense, used
-from ctxprune.evals.quality.batch import last_logits
+from ctxprune.evals.quality.accuracy import ERROR, VALUES, refuse_dense, used
+from ctxprune.evals.quality.scoring import likelihoods, texts_a_pass
+from ctxprune.evals.quality.tasks import quiet
+from ctxprune.pruner.device import AUTO
 from ctxprune.pruner.engine.handle import handle_of
-from ctxprune.pruner.errors import CtxpruneError, choose
+from ctxprune.pruner.engine.usage import Usage
+from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.files import whole
 
-COMMON_TASKS = ("arc_easy", "hellaswag", "lambada_openai", "openbookqa", "piqa")
+# Of Python, numpy, torch, and the choice of few-shot examples: lm-eval's own.
+SEEDS = (0, 1234, 1234, 1234)
+# Resamples for the standard error of a metric that is no mean.
+RESAMPLES = 1000
+# Written texts may be so much longer or shorter than was told beforehand, as a share, which moves
+# their sparsity by a hundredth; else they are written again, so often at most.
+SLACK, ATTEMPTS = 0.05, 3
 
 
 @register_model("ctxprune")
@@ -43,6 +51,9 @@ class PrunedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     count as tokens seen and kept. And logits of the prompts, which HFLM throws away, are left out:
     a sixth of the time of SmolLM2-135M. A dense model is called exactly as HFLM calls it, so that
     its scores are those of lm-eval's `hf` to the last digit.
+
+    Attributes:
+        usage: of the texts that it wrote.
     """
 
     def __init__(
@@ -50,131 +61,88 @@ class PrunedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        batch_size: int = 1,
+        batch_size: int | str = 1,
         dense: bool = False,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self.usage = Usage()
         self._dense = dense
+        self._written: int | None = None
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """As HFLM, without its bars: the evaluation has one of its own."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """As HFLM, without its bars."""
+        found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As HFLM, without its bars."""
+        found: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return found
 
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
-        *args: Any,
-        **kwargs: Any,
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether it is the likeliest.
-
-        Continuations that differ in their last token alone are read once, as HFLM does it.
-        """
+        """Log-likelihood of each continuation, and whether it is the likeliest."""
         if self._dense:
             dense: list[tuple[float, bool]]
-            dense = super()._loglikelihood_tokens(requests, *args, **kwargs)
+            dense = super()._loglikelihood_tokens(requests, True, override_bs)
             return dense
-        shared: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, context, continuation) in enumerate(requests):
-            read = tuple((context + continuation)[-(self.max_length + 1) : -1])
-            shared.setdefault(read, []).append(number)
-        reads = sorted(shared, key=len, reverse=True)
-        found = [(0.0, False)] * len(requests)
-        for start in range(0, len(reads), self.batch_size):
-            some = reads[start : start + self.batch_size]
-            answers = [max(len(requests[n][2]) for n in shared[read]) for read in some]
-            for read, logits in zip(some, last_logits(self.model, some, answers), strict=True):
-                predicted = logits.float().log_softmax(dim=-1).cpu()
-                for number in shared[read]:
-                    said = torch.tensor(requests[number][2])
-                    own = predicted[-len(said) :]
-                    likely = float(own.gather(1, said[:, None]).sum())
-                    found[number] = likely, torch.equal(own.argmax(dim=-1), said)
-        return found
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        found = likelihoods(self.model, pairs, self.batch_size, self.max_length)
+        return [(each.total, each.greedy) for each in found]
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        """What `auto` stands for: HFLM would try until the memory is full."""
+        longest = self.max_length
+        if requests:
+            _, context, continuation = requests[pos]
+            longest = min(len(context) + len(continuation) - 1, longest)
+        return texts_a_pass(AUTO, longest)
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Tensor:
-        """Continue left-padded prompts (batch, length), each at the sparsity asked for."""
+        """Continue left-padded prompts (batch, length), each at the sparsity asked for.
+
+        The sparsity is met in texts of a length that is told beforehand: as many new tokens as
+        there may be, then as many as were written last. A batch that ends elsewhere is written
+        again, for the length that it has.
+        """
+        write = super()._model_generate
+        if self._dense:
+            dense: Tensor = write(context, max_length, stop, **options)
+            return dense
         handle = handle_of(self.model)
         prompts = options["attention_mask"].sum(dim=1).tolist()
-        new = max_length - context.shape[1]
-        handle.last_cache = None
-        with handle.running(handle.at([length + new for length in prompts], prompts)):
-            written: Tensor = super()._model_generate(context, max_length, stop, **options)
-        cache = handle.last_cache
-        if cache is not None and cache.usage is not None:
-            cache.usage.end(cache.rows, cache.seen)
+        most = max_length - context.shape[1]
+        expected = min(self._written or most, most)
+        for _ in range(ATTEMPTS):
+            lengths = [length + expected for length in prompts]
+            handle.last_cache = None
+            with handle.measure() as usage, handle.running(handle.at(lengths, prompts)):
+                written: Tensor = write(context, max_length, stop, **options)
+            cache = handle.last_cache
+            if cache is not None:
+                usage.end(cache.rows, cache.seen)
+            found = written.shape[1] - context.shape[1]
+            off, expected = abs(found - expected), found
+            if off <= SLACK * min(lengths):
+                break
+        self._written = found
+        self.usage.add(usage)
         return written
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval's remarks away, and its prints out of stdout, which belongs to results."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@functools.cache
-def task_manager() -> TaskManager:
-    """The index of lm-eval's tasks, made once: it takes seconds to read."""
-    with _quiet():
-        return TaskManager()
-
-
-def load_tasks(names: Sequence[str], data_dir: Path | None = None) -> dict[str, Task]:
-    """Load lm-eval tasks with their documents; a group or tag becomes its tasks.
-
-    Args:
-        names: as lm-eval knows them.
-        data_dir: folder with a `<task>.jsonl` for each, in the layout of the task's own dataset.
-            The official definition is run on it, without network. None: from the hub.
-
-    Raises:
-        CtxpruneError: for an unknown task, a missing or malformed file, documents out of reach.
-    """
-    if not names:
-        return {}
-    manager = task_manager()
-    known = manager.all_tasks if data_dir is None else manager.all_subtasks
-    for name in names:
-        if name not in known:
-            # the nearest few: lm-eval has thousands
-            choose("task", name, difflib.get_close_matches(name, known, n=5) or COMMON_TASKS)
-    tasks: dict[str, Task] = {}
-    for name in names:
-        spec = name if data_dir is None else _on_file(name, data_dir / f"{name}.jsonl")
-        try:
-            with _quiet():
-                tasks |= manager.load([spec])["tasks"]
-        except DatasetGenerationError as error:
-            raise CtxpruneError(
-                f"the documents of task `{name}` cannot be read", "is each line a JSON object?"
-            ) from error
-        except OSError as error:  # also ConnectionError, and what is not in the offline cache
-            raise CtxpruneError(
-                f"the documents of task `{name}` cannot be downloaded",
-                f"give a folder with `{name}.jsonl` by `--data-dir`",
-            ) from error
-    return tasks
-
-
-def _on_file(name: str, path: Path) -> dict[str, Any]:
-    """The official task with a local file as the split that it scores."""
-    if not path.is_file():
-        raise CtxpruneError(
-            f"no file `{path}` for task `{name}`", "`--data-dir` needs a `<task>.jsonl` for each"
-        )
-    splits = {"training_split": None, "validation_split": None, "test_split": "test"}
-    source = {
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"test": str(path)}},
-    }
-    # an inline group: lm-eval merges overrides into a task's own definition only inside a group
-    return {"group": "ctxprune_local", "task": [{"task": name, **source, **splits}]}
 
 
 def score(
@@ -186,10 +154,13 @@ def score(
     sparsity: float = 0.0,
     max_rows: int | None = None,
     evict: str = "reading",
-    batch_size: int = 1,
+    batch_size: int | str = 1,
     limit: int | None = None,
-    seed: int = 0,
-) -> dict[str, float | None]:
+    seed: int | None = None,
+    apply_chat_template: bool = False,
+    system_instruction: str | None = None,
+    samples: Path | None = None,
+) -> dict[str, Any]:
     """Run one task at one level.
 
     Args:
@@ -201,60 +172,104 @@ def score(
         max_rows: cap on the rows of a sequence in a layer, as for `Handle.use`.
         evict: as for `Handle.use`; the prompt is a request's context, but for its last token where
             a continuation is scored: that one predicts the first token.
-        batch_size: requests a forward pass.
+        batch_size: requests a forward pass; `auto`: as many as fill it.
         limit: score the first documents only.
-        seed: of every generator lm-eval draws from.
+        seed: of every generator lm-eval draws from; None: `SEEDS`.
+        apply_chat_template: requests are turns of a chat, examples too.
+        system_instruction: before each request.
+        samples: a .jsonl file to write, with each document, its requests and what came of them.
 
     Returns:
-        the task's metrics (`acc`, `acc_norm`, `perplexity` ...), `stderr` (standard error of the
-        mean of the first of them that is a mean over documents), what `accuracy.used` says of this
-        task's own requests, and `n` (documents).
+        every metric of the task by name (`acc`, `acc_norm` ...; `metric,filter` where a task
+        filters what was written), `<metric>_stderr`, `stderr` (of the first that is a mean), what
+        `accuracy.used` says of this task's own requests, `n` (documents) of `documents`, `shots`,
+        and `values` of each document for metrics that are means.
 
     Raises:
-        CtxpruneError: if the level asks for pruning and not one token was evicted, or its texts
-            have no prompt and rows are to leave after it.
+        CtxpruneError: if the level asks for pruning and not one token was evicted, its texts have
+            no prompt and rows are to leave after it, or the model has no chat template.
     """
     name = task.task_name
     if evict == "prompt" and task.OUTPUT_TYPE == "loglikelihood_rolling":
         raise CtxpruneError(
             f"`{name}` scores whole texts, which have no prompt", "give `--evict reading`"
         )
+    if apply_chat_template:
+        check_template(tokenizer)
     handle = handle_of(model)
     handle.use(policy, sparsity, max_rows=max_rows, evict=evict)
-    dense = handle.policy is None
-    with _quiet(), handle.measure() as usage:
-        lm = PrunedLM(model, tokenizer, batch_size=batch_size, dense=dense)
-        output: Any = simple_evaluate(
+    _seed(task, seed)
+    with quiet(), handle.measure() as usage:
+        lm = PrunedLM(model, tokenizer, batch_size=batch_size, dense=handle.policy is None)
+        output: Any = evaluate(
             lm,
-            tasks=[task],
-            task_manager=task_manager(),
+            {"tasks": {name: task}},
             limit=limit,
-            batch_size=batch_size,
-            bootstrap_iters=0,  # would fork a pool; the mean's error has a closed form
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            bootstrap_iters=RESAMPLES,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=True,
+            system_instruction=system_instruction,
         )
+        figures = _figures(task, output["results"][name], output["samples"][name])
+    usage.add(lm.usage)
     refuse_dense(name, usage, sparsity)
-    metrics = _metrics(output["results"][name], output["samples"][name])
+    if samples is not None:
+        _write(samples, output["samples"][name])
     return {
-        **metrics,
+        **figures,
         **used(usage),
         "n": output["n-samples"][name]["effective"],
+        "documents": output["n-samples"][name]["original"],
+        "shots": output["n-shot"][name],
     }
 
 
-def _metrics(results: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Metric -> value, and the standard error, from lm-eval's `metric,filter` -> value."""
-    metrics: dict[str, float] = {}
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise CtxpruneError if a model has no chat template."""
+    if not tokenizer.chat_template:
+        raise CtxpruneError("the model has no chat template", "leave out `--apply-chat-template`")
+
+
+def _seed(task: Task, seed: int | None) -> None:
+    """Seed all that lm-eval draws from."""
+    python, array, tensor, shots = SEEDS if seed is None else (seed,) * 4
+    random.seed(python)
+    numpy.random.seed(array)
+    torch.manual_seed(tensor)
+    task.set_fewshot_seed(shots)
+
+
+def _figures(task: Task, results: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """All metrics with their standard errors, and `values`, from lm-eval's `metric,filter`."""
+    figures: dict[str, Any] = {}
+    values: dict[str, list[float]] = {}
     for key, value in results.items():
         metric, _, filtered = key.partition(",")
-        if metric in metrics or metric.endswith("_stderr") or not isinstance(value, float):
+        if not filtered or metric.endswith(ERROR) or not isinstance(value, (int, float)):
             continue
-        metrics[metric] = value
-        values = [sample[metric] for sample in samples if sample["filter"] == filtered]
-        is_mean = all(isinstance(v, (int, float)) for v in values) and metric != "perplexity"
-        if is_mean and "stderr" not in metrics and len(values) > 1:
-            metrics["stderr"] = mean_stderr(values)
-    return metrics
+        of = "" if filtered == "none" else f",{filtered}"
+        figures[metric + of] = float(value)
+        found = [each[metric] for each in samples if each["filter"] == filtered and metric in each]
+        aggregation = task.aggregation().get(metric)
+        error = results.get(f"{metric}{ERROR},{filtered}")
+        if aggregation in (weighted_perplexity, bits_per_byte) and len(found) > 1:
+            error = bootstrap_stderr(aggregation, found, RESAMPLES)  # lm-eval has none for them
+        if isinstance(error, (int, float)):
+            figures[metric + ERROR + of] = float(error)
+        if aggregation is mean:
+            values[metric + of] = [float(each) for each in found]
+            if isinstance(error, (int, float)):
+                figures.setdefault("stderr", float(error))
+    return {**figures, VALUES: values}
+
+
+def _write(path: Path, samples: list[dict[str, Any]]) -> None:
+    """Write lm-eval's samples, a JSON object a line.
+
+    Raises:
+        CtxpruneError: they cannot be written.
+    """
+    with whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for sample in samples:
+            line = json.dumps(sample, default=handle_non_serializable, ensure_ascii=False)
+            file.write(line + "\n")

@@ -5,18 +5,16 @@ The word stands earlier in the passage too, so what was said before helps to fin
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxprune.evals.quality.accuracy import accuracy
-from ctxprune.evals.quality.batch import last_logits
+from ctxprune.evals.quality.accuracy import accuracy, perplexity_of
+from ctxprune.evals.quality.scoring import likelihoods
 from ctxprune.pruner.data import encode
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
@@ -116,8 +114,8 @@ def score(
     sparsity: float = 0.0,
     max_rows: int | None = None,
     evict: str = "reading",
-    batch_size: int = 1,
-) -> dict[str, float | None]:
+    batch_size: int | str = 1,
+) -> dict[str, Any]:
     """Have the words predicted at one level, with tokens really evicted.
 
     Args:
@@ -127,27 +125,19 @@ def score(
         sparsity: the level asked for.
         max_rows: cap on the rows of a sequence in a layer, as for `Handle.use`.
         evict: as for `Handle.use`; the prompt is all that is read before the word is predicted.
-        batch_size: passages a forward pass, of about the same length.
+        batch_size: passages a forward pass, of about the same length; `auto`: as many as fill it.
 
     Returns:
-        What `accuracy` gives, right being that the likeliest tokens are the word's, and
-        `perplexity`: exp of the mean negative log-likelihood (in nats) of a whole word.
+        What `accuracy` gives, right being that the likeliest tokens are the word's, and what
+        `perplexity_of` does: of a whole word.
 
     Raises:
         CtxpruneError: if the level asks for pruning and not one token was evicted.
     """
     handle = handle_of(model)
     handle.use(policy, sparsity, max_rows=max_rows, evict=evict)
-    by_length = sorted(questions, key=lambda passage: len(passage.ids))
-    hits, loss = [], 0.0
+    pairs = [(p.ids[: -p.answer], p.ids[-p.answer :]) for p in questions]
     with handle.measure() as usage:
-        for start in range(0, len(by_length), batch_size):
-            asked = by_length[start : start + batch_size]
-            reads = [passage.ids[:-1] for passage in asked]
-            batch = last_logits(model, reads, [passage.answer for passage in asked])
-            for predicted, passage in zip(batch, asked, strict=True):
-                logits, said = predicted.float().cpu(), torch.tensor(passage.ids[-passage.answer :])
-                hits.append(torch.equal(logits.argmax(dim=-1), said))
-                loss += cross_entropy(logits, said, reduction="sum").item()
-    perplexity = math.exp(loss / len(hits))
-    return {**accuracy(NAME, hits, usage, sparsity), "perplexity": perplexity}
+        found = likelihoods(model, pairs, batch_size)
+    figures = accuracy(NAME, [each.greedy for each in found], usage, sparsity)
+    return {**figures, **perplexity_of([-each.total for each in found])}

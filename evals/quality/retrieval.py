@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.quality.accuracy import accuracy
-from ctxprune.evals.quality.batch import last_logits
+from ctxprune.evals.quality.scoring import last_logits
 from ctxprune.pruner.data import encode
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError

@@ -299,7 +299,9 @@ def _panels(
                     for name, value in scores.items()
                     if isinstance(value, (int, float)) and name not in ("sparsity", "n")
                 }
-                about = (f"{scores['n']:,} documents",) if "n" in scores else ()
+                about: tuple[str, ...] = (f"{scores['n']:,} documents",) if "n" in scores else ()
+                about += (f"{scores['shots']}-shot",) if scores.get("shots") else ()
+                about += ("as a chat",) if results.get("apply_chat_template") else ()
                 if task in OF_TEXT:
                     about = (text, *about)
                 panel = tasks.setdefault((task, about), Panel(task, about))

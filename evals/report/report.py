@@ -1,9 +1,10 @@
-"""Results of `evaluate` as Markdown, as a rich table, and as a plot."""
+"""Results of `evaluate` as Markdown, as tables for a terminal, and as a plot."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,39 @@ from ctxprune.evals.report.tables import Table, markdown_table, terminal_table
 
 Results = Sequence[dict[str, Any]]
 
-METRICS = ("acc", "acc_norm", "perplexity")
 RETRIEVED = "Accuracy of retrieval by length of the prompt and depth of the fact"
+TASKS = "Tasks"
+TEXT = "Perplexity of the text"
+# What sparsity means, wherever a table says it.
+LEGEND = (
+    "realised: share of the earlier tokens that were gone when a query looked, on average; rows "
+    "left: of a layer at the end of a text, and their share of its tokens, which is 1 - "
+    "`compression_ratio` of kvpress"
+)
+# What a task gives beside its metrics.
+_ABOUT = ("sparsity", "rows", "cache_sparsity", "capped", "n", "documents", "shots", "chance")
+_ERROR = "_stderr"
 
 
 def markdown(results: Results) -> str:
-    """One table with a row per model, policy and level, and a note on what was measured.
+    """A table of perplexities with a row per model, policy and level, and what was measured.
 
-    Where retrieval was measured, a table of its cells follows.
+    Tables of all metrics of tasks, and of the cells of retrieval, follow where there are any.
     """
-    parts = [markdown_table(_scores(results)), _note(results)]
-    cells = _retrieved(results)
-    if cells.rows:
-        parts += [f"{RETRIEVED}:", markdown_table(cells)]
-    return "\n\n".join(parts) + "\n"
+    parts = [markdown_table(_texts(results)), _note(results)]
+    for table in (_tasks(results), _retrieved(results)):
+        if table.rows:
+            parts += [f"{table.title}:", markdown_table(table)]
+    return "\n\n".join([*parts, LEGEND]) + "\n"
 
 
-def rich_table(results: Results) -> RichTable:
-    """The same table for a terminal."""
-    return terminal_table(_scores(results), _note(results))
-
-
-def rich_retrieval(results: Results) -> RichTable | None:
-    """The table of retrieval's cells for a terminal, None where it was not measured."""
-    table = _retrieved(results)
-    return terminal_table(table, RETRIEVED) if table.rows else None
+def rich_tables(results: Results) -> list[RichTable]:
+    """The same tables for a terminal."""
+    others = [table for table in (_tasks(results), _retrieved(results)) if table.rows]
+    notes = [_note(results), *[""] * len(others)]
+    notes[-1] = "; ".join(note for note in (notes[-1], LEGEND) if note)
+    pairs = zip([_texts(results), *others], notes, strict=True)
+    return [terminal_table(table, note) for table, note in pairs]
 
 
 def plot(results: Results, path: Path) -> None:
@@ -122,39 +131,91 @@ def _note(results: Results) -> str:
     )
 
 
-def _scores(results: Results) -> Table:
-    """A row per level; a task has a column per metric, and its own realised sparsity."""
-    levels = [level for result in results for level in result["levels"]]
-    columns = list(
-        dict.fromkeys(
-            (task, metric)
-            for level in levels
-            for task, scores in level["tasks"].items()
-            for metric in (*METRICS, "sparsity")
-            if metric in scores
-        )
-    )
-    header = ["model", "policy", "requested", "sparsity", "cache sparsity", "rows", "perplexity"]
-    header += [f"{task} {metric}" for task, metric in columns]
+def _texts(results: Results) -> Table:
+    """A row per level: what was evicted of the text, and its perplexity."""
+    several = len({_model(result) for result in results}) > 1
+    header = [*_heads(several), "realised", "rows left", "perplexity"]
     rows = []
+    paired = any("against_dense" in level for result in results for level in result["levels"])
     for result in results:
         for level in result["levels"]:
-            row = [
-                *_subject(result, level),
-                f"{level['sparsity']:.3f}",
-                f"{level['cache_sparsity']:.3f}",
-                score(level, "rows"),
-                f"{level['perplexity']:.2f}",
-            ]
-            row += [score(level["tasks"].get(task, {}), metric) for task, metric in columns]
-            rows.append(row)
-    return Table(header, rows, texts=2)
+            row = [*_subject(result, level, several), *gone(level), score(level, "perplexity")]
+            rows.append(row + ([_over_dense(level)] if paired else []))
+    return Table(header + ["over dense"] * paired, rows, 1 + several, TEXT)
+
+
+def _tasks(results: Results) -> Table:
+    """A row per task, metric, and level, in the order of tasks."""
+    several = len({_model(result) for result in results}) > 1
+    found: dict[tuple[str, str], list[list[str]]] = {}
+    for result in results:
+        for level in result["levels"]:
+            for task, scores in level["tasks"].items():
+                shots = f", {scores['shots']}-shot" if scores.get("shots") else ""
+                for metric in metrics_of(scores):
+                    row = [
+                        *_subject(result, level, several),
+                        *gone(scores),
+                        score(scores, metric),
+                        _difference(scores, metric),
+                        _documents(scores),
+                    ]
+                    found.setdefault((task + shots, metric), []).append(row)
+    header = ["task", "metric", *_heads(several), "realised", "rows left"]
+    rows = [[*names, *row] for names, some in found.items() for row in some]
+    return Table([*header, "value", "- dense", "n"], rows, 3 + several, TASKS)
+
+
+def metrics_of(scores: Mapping[str, Any]) -> list[str]:
+    """The metrics that a task gave, all of them, in its order."""
+    return [
+        name
+        for name, value in scores.items()
+        if isinstance(value, (int, float)) and name not in _ABOUT and not _is_error(name)
+    ]
+
+
+def _is_error(name: str) -> bool:
+    return name == "stderr" or name.partition(",")[0].endswith(_ERROR)
+
+
+def gone(figures: Mapping[str, Any]) -> list[str]:
+    """The realised sparsity, and what is left at the end of a text: rows, and their share."""
+    left = score(figures, "rows")
+    if left and figures.get("cache_sparsity") is not None:
+        left += f" ({1 - figures['cache_sparsity']:.0%})"
+    return [f"{figures['sparsity']:.3f}", left]
+
+
+def _documents(scores: Mapping[str, Any]) -> str:
+    """How many documents were scored, and of how many."""
+    n, of = scores.get("n"), scores.get("documents")
+    return "" if n is None else f"{n:,}" if of in (None, n) else f"{n:,} of {of:,}"
+
+
+def _difference(scores: Mapping[str, Any], metric: str) -> str:
+    """How much a metric differs from the dense model's on the same documents."""
+    found = scores.get("against_dense", {}).get(metric)
+    if found is None:
+        return ""
+    error = f" ± {found['stderr']:.3f}" if "stderr" in found else ""
+    return f"{found['difference']:+.3f}{error}"
+
+
+def _over_dense(level: Mapping[str, Any]) -> str:
+    """How much higher the perplexity is than the dense model's, from the paired windows."""
+    found = level.get("against_dense", {}).get("nll")
+    if found is None:
+        return ""
+    factor = math.exp(found["difference"])
+    error = f" ± {factor * found['stderr']:.1%}" if "stderr" in found else ""
+    return f"{factor - 1:+.1%}{error}"
 
 
 def _retrieved(results: Results) -> Table:
     """The cells of retrieval."""
     return retrieved(
-        (_subject(result, level), level["tasks"]["retrieval"]["cells"])
+        (_subject(result, level, True), level["tasks"]["retrieval"]["cells"])
         for result in results
         for level in result["levels"]
         if "retrieval" in level["tasks"]
@@ -173,22 +234,32 @@ def retrieved(found: Iterable[tuple[list[str], Sequence[dict[str, Any]]]]) -> Ta
             }
             rows.append([*subject, f"{length}", *(acc.get(depth, "") for depth in depths)])
     header = ["model", "policy", "requested", "length", *(f"{depth:g}" for depth in depths)]
-    return Table(header, rows, texts=2)
+    return Table(header, rows, 2, RETRIEVED)
 
 
-def _subject(result: dict[str, Any], level: dict[str, Any]) -> list[str]:
-    """What a row is about: model, policy, and the level asked for."""
+def _heads(several: bool) -> list[str]:
+    """The header of what `_subject` says."""
+    return ["model"] * several + ["policy", "sparsity"]
+
+
+def _subject(result: dict[str, Any], level: dict[str, Any], several: bool) -> list[str]:
+    """What a row is about: the model where there are several, policy, and the level asked for."""
     requested = level["sparsity_requested"]
     dense = requested == 0 and level["sparsity"] == 0  # a cap on rows evicts at 0 too
-    return [_model(result), "dense" if dense else decider(result), f"{requested:g}"]
+    about = ["dense" if dense else decider(result), f"{requested:g}"]
+    return [_model(result)] * several + about
 
 
-def score(scores: dict[str, Any], metric: str) -> str:
-    """A metric of a task, empty where it has none; accuracy with its standard error."""
-    if scores.get(metric) is None:
+def score(scores: Mapping[str, Any], metric: str) -> str:
+    """A metric with its standard error, if it has one; empty where it was not measured."""
+    value = scores.get(metric)
+    if value is None:
         return ""
     if metric == "rows":
-        return f"{scores[metric]:.0f}"
-    if metric == "acc" and "stderr" in scores:
-        return f"{scores[metric]:.3f} ± {scores['stderr']:.3f}"
-    return f"{scores[metric]:.2f}" if metric == "perplexity" else f"{scores[metric]:.3f}"
+        return f"{value:.0f}"
+    name, comma, filtered = metric.partition(",")
+    # earlier versions had an error of `acc` alone
+    old = scores.get("stderr") if metric == "acc" else None
+    error = scores.get(name + _ERROR + comma + filtered, old)
+    form = ".2f" if "perplexity" in metric or abs(value) >= 10 else ".3f"
+    return format(value, form) + (f" ± {format(error, form)}" if error is not None else "")

@@ -15,7 +15,7 @@ from typing import Any
 from ctxprune.evals.places import without_place
 from ctxprune.evals.report.charts import Chart, accuracy_chart, perplexity_chart, speed_charts
 from ctxprune.evals.report.merged import DENSE, Bench, Merged, Panel, Point, Run, Subject, threads
-from ctxprune.evals.report.report import METRICS, RETRIEVED, decider, retrieved, score
+from ctxprune.evals.report.report import RETRIEVED, decider, metrics_of, retrieved, score
 from ctxprune.evals.report.tables import Table, html_table, markdown_table, plain
 from ctxprune.evals.speed import speed_report, training_report
 
@@ -179,7 +179,7 @@ def _text(panel: Panel, subjects: Sequence[Subject] | None, name: str) -> Part:
 
 
 def _task(panel: Panel, subjects: Sequence[Subject] | None, name: str) -> Part:
-    metrics = [metric for metric in METRICS if any(metric in p.figures for p in panel.points)]
+    metrics = list(dict.fromkeys(m for p in panel.points for m in metrics_of(p.figures)))
     rows = [
         [
             *_subject(point),

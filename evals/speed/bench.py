@@ -120,16 +120,16 @@ def _measure(
     for batch, context in itertools.product(config.batch, config.context):
         label = f"{dtype}, batch {batch}, context {context}"
         key = digest([*common, dtype, batch, context])
-        done = finished.get(key)
-        if done is None:
+        kept = finished.get(key)
+        if kept is None:
             ids = prompts(text[context], batch) % handle.decoder.config.vocab_size
             compared = Comparison(model, config, ids, steps, lambda line: say(f"{dtype}, {line}"))
             done = {"rows": compared.measure()}
-            finished.put(key, label, done)
+            kept = finished.put(key, label, done)
         else:
             say(f"{label}: already done, kept")
         repeated = batch > len(text[context])
-        found[key] = [{**row, "text_repeated": repeated} for row in done["rows"]]
+        found[key] = [{**row, "text_repeated": repeated} for row in kept.result["rows"]]
     about = {
         "model": subject.name,
         "positions_enlarged": subject.positions_enlarged,

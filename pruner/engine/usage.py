@@ -33,6 +33,14 @@ class Usage:
         """Note the end of texts of so many tokens, of each of which layers hold so many rows."""
         self.ends += [(rows, tokens) for tokens in seen]
 
+    def add(self, other: Usage) -> None:
+        """Note all that another noted."""
+        self.pairs += other.pairs
+        self.kept += other.kept
+        self.steps += other.steps
+        self.capped += other.capped
+        self.ends += other.ends
+
     @property
     def evicted(self) -> int:
         """Pairs whose token j was gone when query k looked."""
