@@ -9,6 +9,7 @@ import typer
 
 from ctxprune.cli.console import say
 from ctxprune.cli.options import (
+    EVICTION,
     MODEL,
     OUTPUT,
     TEXT,
@@ -49,6 +50,7 @@ def tune(
             "Share of the earlier tokens that a token no longer sees, on the mean, in [0, 1); 0 "
             "trains a dense baseline",
             TuneConfig.sparsity,
+            EVICTION,
         ),
     ] = None,
     out: Annotated[
@@ -77,7 +79,7 @@ def tune(
         str | None,
         typer.Option(
             help="Training text: file (txt, jsonl, json, csv, parquet), folder or datasets name; "
-            "default: the embedded sample, 1 MB of public-domain books.",
+            "default: the embedded sample of public-domain books.",
             rich_help_panel=TEXT,
         ),
     ] = None,
@@ -183,12 +185,12 @@ def tune(
         ),
     ] = None,
     bf16: Annotated[
-        bool | None, typer.Option(help="Autocast to bfloat16.", rich_help_panel=MODEL)
+        bool | None, typer.Option("--bf16", help="Autocast to bfloat16.", rich_help_panel=MODEL)
     ] = None,
     checkpointing: Annotated[
         bool | None,
         typer.Option(
-            "--gradient-checkpointing/--no-gradient-checkpointing",
+            "--gradient-checkpointing",
             help="Recompute activations to save memory.",
             rich_help_panel=MODEL,
         ),

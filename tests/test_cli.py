@@ -80,7 +80,7 @@ def test_the_three_lines(
     done = ctxprune(
         "eval", "--tasks", "hellaswag,piqa", "--data-dir", str(task_folder), "--limit", "2",
         "--sparsity", "0,0.8", "--context", "128", "--text", str(text_file), "--tokens", "2048",
-        "--json", "r.json", cwd=tmp_path,
+        "--out", "r.json", cwd=tmp_path,
     )  # fmt: skip
     assert "model: m-tuned" in done.stderr and "perplexity" in done.stdout
     results = json.loads((tmp_path / "r.json").read_text())
@@ -116,7 +116,7 @@ def test_the_three_lines(
         (["generate", "--model", ".", " "], "the prompt is empty"),
         (["generate", "--model", ".", "--max-new-tokens", "-1", "a"], "must be at least 1"),
         (["generate", "--model", ".", "--temperature", "-1", "a"], "must be at least 0"),
-        (["eval", "--model", ".", "--json", "."], "cannot be written"),
+        (["eval", "--model", ".", "--out", "."], "cannot be written"),
         (["eval", "--model", ".", "--evict", "prompt"], "give `--prompt N`"),
         (["eval", "--model", ".", "--evict", "late"], "unknown value of evict `late`"),
     ],
@@ -140,7 +140,7 @@ def test_unknown_tasks_are_named(tiny_folder: Make, text_file: Path, tmp_path: P
 def test_our_own_tasks_from_the_command_line(embedded_folder: Path, tmp_path: Path) -> None:
     done = ctxprune(
         "eval", "--model", str(embedded_folder), "--tasks", "retrieval,last_word", "--lengths",
-        "128,192", "--limit", "1", "--tokens", "512", "--sparsity", "0", "--json", "r.json",
+        "128,192", "--limit", "1", "--tokens", "512", "--sparsity", "0", "--out", "r.json",
         cwd=tmp_path,
     )  # fmt: skip
     assert "Accuracy of retrieval" in done.stdout and "lm-eval" not in done.stderr
@@ -153,7 +153,7 @@ def test_rows_that_leave_after_the_prompt(embedded_folder: Path, tmp_path: Path)
     done = ctxprune(
         "eval", "--model", str(embedded_folder), "--policy", "tova", "--evict", "prompt", "--tasks",
         "last_word", "--context", "160", "--prompt", "128", "--tokens", "640", "--limit", "2",
-        "--sparsity", "0,0.7", "--json", "r.json", cwd=tmp_path,
+        "--sparsity", "0,0.7", "--out", "r.json", cwd=tmp_path,
     )  # fmt: skip
     assert "tova, after the prompt" in done.stdout and "scored after 128" in done.stdout
     results = json.loads((tmp_path / "r.json").read_text())

@@ -147,10 +147,10 @@ def test_a_broken_link_is_seen(text: str, found: list[str], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("    ctxprune eval --sparsity 0.8 \\\n        --tokens 9\n", [None]),
+        ("    ctxprune eval --sparsity 0.8 \\\n        --max-tokens 9\n", [None]),
         ("    ctxprune evil --sparsity 0.8\n", ["no command `evil`"]),
         ("`ctxprune eval --sparcity=0.8` in prose", ["no option --sparcity"]),
-        ("```bash\nctxprune tune --no-bf16 --nothing\n```", ["no option --nothing"]),
+        ("```bash\nctxprune tune --bf16 --nothing\n```", ["no option --nothing"]),
         ("    ctxprune --version\n", [None]),
     ],
 )
