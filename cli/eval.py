@@ -64,7 +64,8 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="retrieval, last_word, and lm-eval's tasks, groups and tags, comma-separated.",
+            help="fidelity, retrieval, last_word, and lm-eval's tasks, groups and tags, "
+            "comma-separated.",
             callback=words,
             rich_help_panel=TASKS,
         ),
@@ -134,7 +135,7 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text for perplexity, retrieval, last_word: file or datasets name.",
+            help="Text for perplexity, fidelity, retrieval, last_word: file or datasets name.",
             rich_help_panel=TEXT,
         ),
     ] = None,
@@ -169,11 +170,19 @@ def evaluate(
             rich_help_panel=TEXT,
         ),
     ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the published model, converted, for fidelity; default: the model "
+            "itself at sparsity 0, if its weights were left alone.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
             help="Documents a task; default: all. Of retrieval, prompts a length and depth: 10; "
-            "of last_word: 500.",
+            "of last_word: 500; of fidelity, texts of a kind: 32.",
             rich_help_panel=WORK,
         ),
     ] = None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctxprune.evals.quality import last_word, retrieval
+from ctxprune.evals.quality import fidelity, last_word, retrieval
 from ctxprune.evals.report.shapes import MODES, ORACLE, PRUNED
 from ctxprune.pruner.config import PROTOCOLS, FromMapping, check_at_least, check_sparsity
 from ctxprune.pruner.device import AUTO, place
@@ -98,7 +98,7 @@ class BenchConfig(FromMapping):
         return steps * (self.repeats + 2)
 
 
-OWN_TASKS = (retrieval.NAME, last_word.NAME)
+OWN_TASKS = (fidelity.NAME, retrieval.NAME, last_word.NAME)
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,11 @@ class EvalConfig(FromMapping):
         tokens: at most this many tokens of it; None: all.
         lengths: tokens a prompt of `retrieval`; those that the text or the model's positions
             cannot serve are left out.
-        limit: documents a task, prompts a length and depth of `retrieval`; None: all of lm-eval's,
-            and `retrieval.PER_CELL`, `last_word.LIMIT`.
+        reference: folder of the published model, converted, that `fidelity` compares with; None:
+            the model itself at sparsity 0, if its weights were left alone.
+        limit: documents a task, prompts a length and depth of `retrieval`, texts of each kind of
+            `fidelity`; None: all of lm-eval's, and `retrieval.PER_CELL`, `last_word.LIMIT`,
+            `fidelity.LIMIT`.
         batch_size: windows, requests or passages a forward pass, at most; `auto`: as many as make
             8,192 tokens. `retrieval` takes one text a pass.
         seed: of lm-eval's generators, and of the choice of texts of our own tasks; None: those
@@ -145,6 +148,7 @@ class EvalConfig(FromMapping):
     prompt: int | None = None
     tokens: int | None = None
     lengths: tuple[int, ...] = retrieval.LENGTHS
+    reference: Path | None = None
     limit: int | None = None
     batch_size: int | str = 8
     seed: int | None = None
@@ -165,7 +169,7 @@ class EvalConfig(FromMapping):
         if self.sparsity is not None:
             levels = tuple(sorted({check_sparsity(float(level)) for level in self.sparsity}))
             object.__setattr__(self, "sparsity", levels)
-        for name in ("data_dir", "include_path", "log_samples"):
+        for name in ("reference", "data_dir", "include_path", "log_samples"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)))
         settings = self.gen_kwargs

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.config import OWN_TASKS, EvalConfig
 from ctxprune.evals.provenance import provenance, worker
-from ctxprune.evals.quality import last_word, retrieval
+from ctxprune.evals.quality import fidelity, last_word, retrieval
 from ctxprune.evals.quality.accuracy import ERROR, VALUES, against, mean_and_error
 from ctxprune.evals.quality.groups import summed
 from ctxprune.evals.quality.harness import PrunedLM, check_template, score
@@ -37,7 +37,12 @@ from ctxprune.evals.quality.work import (
     summary,
 )
 from ctxprune.evals.state import Finished, Kept, code, digest, stats, text_stats
-from ctxprune.pruner.checkpoints.checkpoint import check_folder, load_off, load_tokenizer
+from ctxprune.pruner.checkpoints.checkpoint import (
+    check_folder,
+    load_off,
+    load_tokenizer,
+    read_settings,
+)
 from ctxprune.pruner.data import read_texts, windows
 from ctxprune.pruner.device import dtype_name, input_device, place
 from ctxprune.pruner.engine.handle import handle_of
@@ -123,7 +128,7 @@ def evaluate(
     levels = config.sparsity or tuple(sorted({0.0, *handle.levels}))
     measures = {
         PERPLEXITY: _of_text(config, model, text),
-        **_own_tasks(config, model, tokenizer, texts, say),
+        **_own_tasks(config, folder, model, tokenizer, texts, say),
         **{
             name: _official_task(config, model, tokenizer, task)
             for name, task in loaded.tasks.items()
@@ -314,6 +319,7 @@ def _of_text(config: EvalConfig, model: PreTrainedModel, text: Tensor) -> Measur
 
 def _own_tasks(
     config: EvalConfig,
+    folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
@@ -351,7 +357,60 @@ def _own_tasks(
             partial(_read, passages, config.batch_size),
             depends,
         )
+    if fidelity.NAME in config.tasks:
+        check_reference(folder, config.reference)
+        measures[fidelity.NAME] = _fidelity(config, model, tokenizer, texts, say)
     return measures
+
+
+def check_reference(folder: Path, reference: Path | None) -> None:
+    """Raise CtxpruneError if a model would be compared with one that is not the published one."""
+    if reference is not None:
+        check_folder(reference)
+        return
+    provenance = read_settings(folder).get("provenance", {})
+    runs = [provenance.get("tune"), *provenance.get("earlier", [])]
+    if any(run and run.get("train") != "gates" for run in runs):
+        raise CtxpruneError(
+            "the weights of this model were trained, so at sparsity 0 it is not the published one",
+            "convert the published model to a folder, and give that by `--reference`",
+        )
+
+
+def _fidelity(
+    config: EvalConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    say: Callable[[str], None],
+) -> Measure:
+    """The distance from the published model, which is loaded, and writes, once it is needed."""
+
+    @cache
+    def reference() -> PreTrainedModel:
+        if config.reference is None:
+            return model
+        return load_off(
+            config.reference, place(config.device, config.dtype, config.device_map), say
+        )
+
+    @cache
+    def asked() -> list[fidelity.Sample]:
+        say(f"{fidelity.NAME}: the published model writes its answers")
+        return fidelity.samples(
+            reference(), tokenizer, texts, limit=config.limit, batch_size=config.batch_size
+        )
+
+    def work() -> Work:
+        # Each is read by both models.
+        return reading([len(sample.ids) for sample in asked() for _ in range(2)], 1)
+
+    published = [] if config.reference is None else stats(config.reference.iterdir())
+    return Measure(
+        lambda level: fidelity.score(model, reference(), asked(), **_chosen(config, level)),
+        work,
+        [config.text, config.limit, text_stats(config.text), published],
+    )
 
 
 def _read(

@@ -16,7 +16,7 @@ READING, LATE = "reading", "prompt"
 # Policies whose papers evict at the end of a prompt that was read whole.
 OWN_LATE = ("h2o", "knorm", "snapkv", "tova")
 # Tasks that are made of the text of the evaluation: on another text they are other tasks.
-OF_TEXT = ("retrieval", "last_word")
+OF_TEXT = ("fidelity", "retrieval", "last_word")
 
 
 @dataclass(frozen=True)
