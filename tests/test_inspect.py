@@ -23,7 +23,8 @@ def test_a_text_becomes_files_that_agree(embedded_folder: Path, tmp_path: Path) 
     (tmp_path / "letter.txt").write_text(HOSTILE, encoding="utf-8")
     done = ctxprune(
         "inspect", "--model", str(embedded_folder), "--text", "letter.txt", "--tokens", "150",
-        "--compare", "sink:0.8", "--compare", "h2o:0.5", "--compare", "sink:0", "--out", str(tmp_path / "r/p.html"),
+        "--compare", "sink:0.8", "--compare", "h2o:0.5", "--compare", "sink:0",
+        "--out", str(tmp_path / "r/p.html"),
         "--json", "r/d.json", "--png", "figures", "--save", "traces", "--terminal", cwd=tmp_path,
     )  # fmt: skip
     assert str(tmp_path) not in (tmp_path / "r" / "p.html").read_text(encoding="utf-8")

@@ -69,6 +69,8 @@ BLOCK = 32
 LEAST_BLOCKS = 20
 # Draws from fewer blocks that have the kind hardly differ, which would pass for certainty.
 TELLING_BLOCKS = 5
+# Of fewer tokens a share says nothing, and no figure shows it (nor does the page).
+FEWEST = 5
 RESAMPLES = 1000
 INTERVAL = (0.025, 0.975)
 
@@ -112,9 +114,9 @@ def kinds_of(pieces: Sequence[str]) -> Masks:
           on with a word, or is what the piece before it is.
         - `repetition` and `frequency` cover the tokens of words: whether the text had the word
           before, and how often it has it, in capital or small letters.
-        - `part of speech`: Universal Dependencies' tags in words, if a tagger is installed (see `missing`)
-          and no more than half of the letters are other than English. A token has the tag of the
-          word with its first character that is not a space.
+        - `part of speech`: Universal Dependencies' tags in words, if a tagger is installed (see
+          `missing`) and no more than half of the letters are other than English. A token has the
+          tag of the word with its first character that is not a space.
     """
     forms = _forms(pieces)
     repetition, frequency = _words(pieces, forms)
