@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,16 @@ def test_kinds_have_a_row_each_with_their_tokens(views: list[View]) -> None:
     assert list(form.lines[0].get_xdata()) == pytest.approx(shares)
 
 
+def test_kinds_of_fewer_than_five_tokens_are_not_drawn(views: list[View]) -> None:
+    kinds = [replace(k, count=4 if k.kind == "digit" else 5) for k in views[0].kinds]
+    figure = drawn(figures._kinds([replace(views[0], kinds=kinds), views[1]]))
+    ticks = [tick.get_text() for axes in figure.axes for tick in axes.get_yticklabels()]
+    assert any(tick.startswith("punctuation (5 / ") for tick in ticks)
+    assert not any("digit" in tick for tick in ticks)
+    few = [replace(kind, count=4) for kind in views[0].kinds]
+    assert figures._kinds([replace(views[0], kinds=few)]) is None
+
+
 def test_layers_are_told_by_part_of_speech_else_by_form(views: list[View]) -> None:
     figure = drawn(figures._layers(views))
     assert len(figure.axes) == 2
@@ -133,7 +144,7 @@ def test_layers_are_told_by_part_of_speech_else_by_form(views: list[View]) -> No
     assert {"digit", "other word"} <= labels
 
 
-@pytest.mark.parametrize(("n", "names"), [(1, NAMES[:2]), (2, ["life", "context", *NAMES[3:]])])
+@pytest.mark.parametrize(("n", "names"), [(1, NAMES[:2]), (2, NAMES[:2]), (60, NAMES)])
 def test_the_shortest_texts(n: int, names: list[str], tmp_path: Path) -> None:
     written = draw([view("gate 0.8", n, layers=1)], tmp_path)
     assert [path.stem for path in written] == names

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ctxprune.evals.inspect.inspection import View
-from ctxprune.evals.inspect.kinds import FORM, SPEECH, Kind, kept_over_context
+from ctxprune.evals.inspect.kinds import FEWEST, FORM, SPEECH, Kind, kept_over_context
 from ctxprune.pruner.files import whole
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def draw(views: Sequence[View], folder: Path) -> list[Path]:
         views: of one text or of several, at least one. folder: made if it is not there.
 
     Returns:
-        life.png, context.png, survival.png, kinds.png, layers.png; those that a text of one token
+        life.png, context.png, survival.png, kinds.png, layers.png; those that a text of few tokens
         says nothing for are left out.
 
     Raises:
@@ -143,12 +143,18 @@ def _survival(views: Sequence[View]) -> Figure | None:
 
 
 def _kinds(views: Sequence[View]) -> Figure | None:
-    """How long each kind stays, with its interval: a panel a group, a row a kind."""
+    """How long each kind stays, with its interval: a panel a group, a row a kind.
+
+    Those of which some view has too few tokens are left out.
+    """
     groups: dict[str, list[str]] = {}
-    for kind in itertools.chain.from_iterable(view.kinds for view in views):
-        names = groups.setdefault(kind.group, [])
-        if kind.kind not in names:
-            names.append(kind.kind)
+    all_kinds = list(itertools.chain.from_iterable(view.kinds for view in views))
+    few = {(kind.group, kind.kind) for kind in all_kinds if kind.count < FEWEST}
+    for kind in all_kinds:
+        if (kind.group, kind.kind) not in few:
+            names = groups.setdefault(kind.group, [])
+            if kind.kind not in names:
+                names.append(kind.kind)
     if not groups:
         return None
     heights = [len(names) + 1.2 for names in groups.values()]
@@ -161,7 +167,7 @@ def _kinds(views: Sequence[View]) -> Figure | None:
     for axes, (group, names) in zip(panels, groups.items(), strict=True):
         counts: dict[str, list[int]] = {name: [] for name in names}
         for number, (view, (colour, marker)) in enumerate(looks):
-            kinds = [kind for kind in view.kinds if kind.group == group]
+            kinds = [k for k in view.kinds if k.group == group and k.kind in names]
             offset = 0.7 * ((number + 0.5) / len(views) - 0.5)
             kept = [kind.kept for kind in kinds]
             axes.errorbar(
@@ -192,7 +198,7 @@ def _kinds(views: Sequence[View]) -> Figure | None:
         _finish(axes)
     panels[-1].set_xlim(0.0, 1.0)
     panels[-1].set_xlabel("share of later queries that still see a token (95% interval)")
-    figure.supylabel("kind (tokens of it in the text)", fontsize="medium")
+    figure.supylabel("token category (tokens of it in the text)", fontsize="medium")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
@@ -238,7 +244,8 @@ def _commonest(kinds: Sequence[Kind]) -> list[str]:
     """The names of the kinds with the most tokens: more lines than these are told apart by none."""
     counts: dict[str, int] = {}
     for kind in kinds:
-        counts[kind.kind] = counts.get(kind.kind, 0) + kind.count
+        if kind.count >= FEWEST:
+            counts[kind.kind] = counts.get(kind.kind, 0) + kind.count
     return sorted(counts, key=lambda name: -counts[name])[:MOST_LINES]
 
 

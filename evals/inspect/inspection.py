@@ -192,7 +192,7 @@ def rich_kinds(views: list[View]) -> Table:
     shares = ", ".join(f"{view.label} {view.trace.sparsity:.3f}" for view in views)
     caption = (
         "Share of later queries that still see a token (95% interval), and how much oftener than "
-        f"its share of the text a kind is what others leave for; sparsity: {shares}"
+        f"its share of the text a category is what others leave for; sparsity: {shares}"
     )
     first = views[0]
     for view in views[1:]:
@@ -200,7 +200,7 @@ def rich_kinds(views: list[View]) -> Table:
             alike = overlap(first.trace, view.trace)
             caption += f"\n{alike:.1%} of what {first.label} or {view.label} sees, both see"
     table = Table(caption=caption)
-    for name in ("kind", "group"):
+    for name in ("category", "group"):
         table.add_column(name)
     table.add_column("tokens", justify="right")
     for view in views:

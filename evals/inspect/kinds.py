@@ -69,6 +69,8 @@ BLOCK = 32
 LEAST_BLOCKS = 20
 # Draws from fewer blocks that have the kind hardly differ, which would pass for certainty.
 TELLING_BLOCKS = 5
+# Of fewer tokens a share says nothing, and no figure shows it (nor does the page).
+FEWEST = 5
 RESAMPLES = 1000
 INTERVAL = (0.025, 0.975)
 
