@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ctxprune.cli.console import say
-from ctxprune.cli.options import Force, Out, given, option
+from ctxprune.cli.options import Force, Out, StoredDtype, given, option
 from ctxprune.cli.workspace import set_current
 from ctxprune.pruner.config import PruneConfig
 
@@ -47,12 +47,13 @@ def convert(
         int | None, typer.Option(help="Cap on the rows of a sequence in a layer.")
     ] = None,
     adapter: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
-            help="What `tune --train lora` added to this very model; repeat it to average the "
-            "weights of several, with the gates of the first."
+            help="What `tune` added to this very model: a file, a folder or a hub id; repeat it to "
+            "average the weights of several, with the gates of the first."
         ),
     ] = None,
+    dtype: StoredDtype = None,
     force: Force = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let a hub repository run its own code.")
@@ -79,6 +80,7 @@ def convert(
         adapter=adapter or [],
         force=force,
         trust_remote_code=trust_remote_code,
+        **given(dtype=dtype),
     )
     set_current(folder)
     say(checkpoint.read_settings(folder)["layers"])

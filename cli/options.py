@@ -34,6 +34,14 @@ Dtype = Annotated[
         "float16, float64."
     ),
 ]
+StoredDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Of the weights in the folder: auto (default: as they are, which is float32 for what "
+        ".gguf files pack), bfloat16, float16, float32, float64.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="auto (default: the accelerator if there is one), cpu, cuda, cuda:1, mps."),

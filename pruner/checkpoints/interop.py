@@ -21,16 +21,16 @@ GENERATE = "custom_generate/generate.py"
 
 # transformers looks for imports outside of `try`, and tells people to `pip install` those that it
 # misses: what PyPI has under our name is another project.
-_IMPORT = '''
+_IMPORT = """
 try:
     from ctxprune.pruner.checkpoints.remote import {name}
 except ImportError as error:
     raise ImportError(
-        "This model drops tokens from its own cache by `ctxprune`, which is not installed here (what "
-        "PyPI has under that name is another project). Install it from its repository, or load the "
-        "model without `trust_remote_code` to run it dense."
+        "This model drops tokens from its own cache by `ctxprune`, which is not installed here "
+        "(what PyPI has under that name is another project). Install it from its repository, or "
+        "load the model without `trust_remote_code` to run it dense."
     ) from error
-'''
+"""
 # The class has the name of its base: tools look that name up in lists of what can write text.
 _MODELING = '''"""The model of this folder, which drops tokens from its own KV cache."""
 

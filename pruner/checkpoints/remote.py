@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ctxprune.pruner.checkpoints import checkpoint
 from ctxprune.pruner.engine.handle import handle_of
