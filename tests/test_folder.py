@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
 from conftest import TEXT, tiny_model
 from huggingface_hub import ModelCard
+from local_hub import local_hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -136,6 +139,17 @@ def test_a_trusting_tool_says_what_is_dropped(exported: Make) -> None:
         assert model.ctxprune.dial == handle_of(own).dial
         with torch.no_grad():
             assert torch.equal(model(ids).logits, own(ids).logits)
+    # Texts shorter than what it was tuned at: the level is met where they are announced.
+    few, rows = ids[:, :40], []
+    for context in (None, 40):
+        model = AutoModelForCausalLM.from_pretrained(folder, **trust, context=context)
+        cache = model.ctxprune.cache()
+        model(few, past_key_values=cache)
+        rows.append(cache.rows)
+    own.ctxprune.use("gate", 0.5, context=40)
+    cache = own.ctxprune.cache()
+    own(few, past_key_values=cache)
+    assert rows[0] - 5 > rows[1] == cache.rows
     with pytest.raises(CtxpruneError, match="outside"):
         AutoModelForCausalLM.from_pretrained(folder, **trust, sparsity=1.5)
     model, info = AutoModelForCausalLM.from_pretrained(folder, **trust, output_loading_info=True)
@@ -415,3 +429,84 @@ def test_names_on_a_card_are_words(dense_folder: Make, tmp_path: Path, name: str
     inline = [kid.type for token in tokens for kid in token.children or []]
     assert not {"html_inline", "image", "link_open", "strong_open", "em_open"} & set(inline)
     assert not any(token.type == "html_block" for token in tokens)
+
+
+HUB = """
+import sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+from ctxprune import load
+from ctxprune.cli.main import app
+from ctxprune.pruner.errors import CtxpruneError
+
+def run(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if isinstance(result.exception, CtxpruneError):
+        print(result.exception.message)
+    else:
+        assert result.exit_code == 0, (result.output, result.exception)
+
+folder, out, source = map(Path, sys.argv[1:])
+name = "someone/model"
+run("export", "--model", folder, "--out", out, "--push-to-hub", name)
+ids = torch.arange(1, 90)[None]
+kinds = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+with torch.no_grad():
+    own, there, trusted = load(out)(ids).logits, load(name)(ids).logits, kinds(ids).logits
+assert torch.equal(own, there) and torch.equal(own, trusted)
+made = out.with_name("made")
+run("convert", source, "--adapter", name, "--out", made)
+assert (made / "ctxprune.safetensors").read_bytes() == (out / "ctxprune.safetensors").read_bytes()
+run("convert", name, "--out", out.with_name("again"))
+run("convert", source, "--adapter", "someone/else", "--out", "no")
+run("convert", "someone/else", "--out", "no")
+try:
+    load("someone/else")
+except CtxpruneError as error:
+    print(error.message)
+"""
+
+
+def test_a_folder_goes_to_the_hub_and_comes_back(
+    tiny_folder: Make, dense_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    """Through the hub's own library and protocol, on a stand-in; in a process with its address."""
+    tuned = tune(tiny_folder("llama"), tmp_path / "tuned", run_config(text_file, train="lora"))
+    with local_hub("someone/model") as hub:
+        told = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_none"}
+        folders = [str(tuned), str(tmp_path / "out"), str(dense_folder("llama"))]
+        done = subprocess.run(
+            [sys.executable, "-c", HUB, *folders],
+            env={**os.environ, **told},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    refused = done.stdout.splitlines()
+    assert len(refused) == 3 and all("fetched from the hub" in line for line in refused)
+    sent = {str(p.relative_to(tmp_path / "out")): p for p in (tmp_path / "out").rglob("*.*")}
+    assert {n for n, p in sent.items() if p.is_file()} <= hub.files.keys()
+    assert all(sent[name].read_bytes() == content for name, content in hub.files.items())
+
+
+def test_offline_a_name_is_one_sentence(
+    tiny_folder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, name = tiny_folder("gpt2"), "someone/not-here"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    calls: list[Callable[[], object]] = [
+        lambda: load(name),
+        lambda: convert(name, tmp_path / "a", {}),
+        lambda: convert(None, tmp_path / "b", {}, adapter=[name]),
+        lambda: export(folder, tmp_path / "c", repository=name),
+    ]
+    for call in calls:
+        with pytest.raises(CtxpruneError, match="hub") as caught:
+            call()
+        assert "\n" not in caught.value.message
+    with pytest.raises(CtxpruneError, match="no name of a repository"):
+        export(folder, tmp_path / "d", repository="a/b/c")
+    assert not (tmp_path / "d").exists()

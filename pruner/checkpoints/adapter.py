@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import (
     LoraConfig,
     get_peft_model,
@@ -33,10 +32,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ctxprune.pruner.checkpoints.hub import FAULTS
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import decoder_of
 from ctxprune.pruner.engine.handle import new_gates
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, first_line
 
 FILE = "adapter.ctxprune"
 SUFFIX = ".ctxprune"
@@ -150,10 +150,10 @@ def find(name: str) -> Path:
     repository = name if "/" in name else f"{OWNER}/{name}"
     try:
         return Path(hf_hub_download(repository, FILE))
-    except (OSError, ValueError, EntryNotFoundError) as error:
+    except FAULTS as error:
         raise CtxpruneError(
             f"`{name}` is no file here, and {FILE} of `{repository}` could not be fetched from "
-            f"the hub: {str(error).strip().splitlines()[0]}",
+            f"the hub: {first_line(error)}",
             "check the name and the network, or give the file",
         ) from error
 

@@ -126,11 +126,14 @@ def model_card(
         "```",
         "",
         "```bash",
-        f"lm_eval --model hf --model_args pretrained={source},trust_remote_code=True,sparsity=0.5 "
-        "--tasks piqa",
+        "lm_eval --model hf --tasks piqa --model_args "
+        f"pretrained={source},trust_remote_code=True,sparsity=0.5,context=64",
         "```",
         "",
-        "Without `trust_remote_code`, and without the package, it is a plain, dense model.",
+        "The sparsity is met on texts of `context` tokens (here "
+        f"{about['config']['context']}, if none are given); of shorter ones less is dropped. "
+        "Without",
+        "`trust_remote_code`, and without the package, it is a plain, dense model.",
     ]
     if "tune" in provenance:
         lines += ["", "## Training", *_runs(provenance)]

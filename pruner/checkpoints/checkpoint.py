@@ -21,7 +21,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -34,20 +33,18 @@ from transformers import (
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ctxprune.pruner.checkpoints import interop
+from ctxprune.pruner.checkpoints import hub, interop
 from ctxprune.pruner.config import PruneConfig, check_sparsity
 from ctxprune.pruner.decoder import check_type, decoder_of
 from ctxprune.pruner.device import AUTO, DeviceMap, Place, place
 from ctxprune.pruner.engine.handle import attach, handle_of
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, first_line
 from ctxprune.pruner.files import unlock
 from ctxprune.pruner.gate import Gate
 
 SETTINGS = "ctxprune.json"
 GATES = "ctxprune.safetensors"
 OWN = (SETTINGS, GATES)
-# What is fetched of a repository of the hub: no code, no pickles, no adapters.
-FETCHED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 
 @contextmanager
@@ -209,7 +206,7 @@ def load(
         CtxpruneError: not a converted folder, damaged files, gates that do not fit, a device that
             cannot be used, a hub out of reach.
     """
-    folder = fetched(folder)
+    folder = hub.fetched(folder)
     config = read_config(folder)
     if sparsity is not None:
         check_sparsity(sparsity)
@@ -217,25 +214,6 @@ def load(
     level = config.tuned if sparsity is None else sparsity
     handle_of(model).use(policy, level, max_rows=max_rows)
     return model
-
-
-def fetched(source: str | Path) -> Path:
-    """A folder as it is; that of a repository `OWNER/NAME` of the hub, fetched if need be.
-
-    Raises:
-        CtxpruneError: the repository is not there, or the hub cannot be reached.
-    """
-    name, folder = str(source), Path(source)
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return folder
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(FETCHED)))
-    except (OSError, ValueError) as error:
-        raise CtxpruneError(
-            f"`{name}` is no folder here, and it could not be fetched from the hub: "
-            f"{first_line(error)}",
-            "check the name and the network, or give a folder",
-        ) from error
 
 
 def load_off(
@@ -399,11 +377,6 @@ def _check_shards(folder: Path) -> None:
         raise CtxpruneError(
             f"`{folder}` lacks `{missing[0]}`{more} of its weights", "fetch it again"
         )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -21,11 +21,12 @@ from ctxprune.pruner.checkpoints import adapter as adapters
 from ctxprune.pruner.checkpoints import checkpoint
 from ctxprune.pruner.checkpoints.agreement import check_agreement
 from ctxprune.pruner.checkpoints.card import facts_of
+from ctxprune.pruner.checkpoints.hub import FAULTS
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import check_type
 from ctxprune.pruner.device import AUTO, Place, stored
 from ctxprune.pruner.engine.handle import attach, new_gates
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, first_line
 
 
 def convert(
@@ -129,7 +130,7 @@ def _from_gguf(path: Path, where: Place) -> tuple[PreTrainedModel, PreTrainedTok
         raise
     except Exception as error:  # the reader raises whatever a broken header makes it trip over
         raise CtxpruneError(
-            f"`{path}` cannot be read as GGUF: {checkpoint.first_line(error)}",
+            f"`{path}` cannot be read as GGUF: {first_line(error)}",
             "the file is damaged, or of an architecture that transformers does not read",
         ) from error
     # The weights are plain numbers by now; the leftovers would forbid saving them.
@@ -152,10 +153,10 @@ def _from_hub(
         if quantized:
             checkpoint.settle_quantization(model)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except FAULTS as error:
         raise CtxpruneError(
             f"`{source}` is no folder here, and it could not be fetched from the hub: "
-            f"{checkpoint.first_line(error)}",
+            f"{first_line(error)}",
             "check the name and the network, or give a folder or a .gguf file",
         ) from error
     return model, tokenizer
@@ -170,6 +171,6 @@ def _kind_of(source: str, **options: Any) -> tuple[Any, PretrainedConfig]:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
     except (ValueError, KeyError) as error:
         raise CtxpruneError(
-            f"`{source}` is not a model that transformers knows: {checkpoint.first_line(error)}"
+            f"`{source}` is not a model that transformers knows: {first_line(error)}"
         ) from error
     return check_type(config), config

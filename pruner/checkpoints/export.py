@@ -7,14 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-from ctxprune.pruner.checkpoints import adapter, checkpoint
+from ctxprune.pruner.checkpoints import adapter, checkpoint, hub
 from ctxprune.pruner.checkpoints.card import model_card
 from ctxprune.pruner.device import AUTO, stored
 from ctxprune.pruner.engine.handle import handle_of
-from ctxprune.pruner.errors import CtxpruneError
 
 
 def export(
@@ -41,7 +37,7 @@ def export(
             quantized and a dtype is given, or the hub does not take the folder.
     """
     if repository is not None:
-        _check_name(repository)
+        hub.check_name(repository)
     about = checkpoint.describe(folder)
     model = checkpoint.load_off(folder, stored(dtype))
     if dtype != AUTO:
@@ -64,34 +60,5 @@ def export(
         )
         card.save(target / "README.md")
     if repository is not None:
-        push(out, repository)
+        hub.push(out, repository)
     return out
-
-
-def push(folder: Path, repository: str) -> None:
-    """Send a folder to a repository of the hub, which is made if need be.
-
-    Raises:
-        CtxpruneError: the hub cannot be reached, or does not take it.
-    """
-    api = HfApi()
-    try:
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="ctxprune export")
-    except Exception as error:  # of the network, of the hub, of the login: one kind for each layer
-        raise CtxpruneError(
-            f"`{folder}` is written, but could not be sent to `{repository}` on the hub: "
-            f"{checkpoint.first_line(error)}",
-            f"log in with `hf auth login`, check the network, then `hf upload {repository} "
-            f"{folder}`",
-        ) from error
-
-
-def _check_name(repository: str) -> None:
-    try:
-        validate_repo_id(repository)
-    except ValueError as error:
-        raise CtxpruneError(
-            f"`{repository}` is no name of a repository: {checkpoint.first_line(error)}",
-            "write it like `user/model`",
-        ) from error

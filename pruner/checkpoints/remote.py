@@ -5,6 +5,7 @@ Exported folders name `Evicting` and `generate` of this module, so both keep the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from ctxprune.pruner.checkpoints import checkpoint
+from ctxprune.pruner.checkpoints.hub import FAULTS
 from ctxprune.pruner.engine.handle import handle_of
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, first_line
 
 # Arguments of `from_pretrained` that say where the files of a repository are.
 HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -30,9 +32,13 @@ class Evicting:
         sparsity: float | None = None,
         policy: str = "gate",
         max_rows: int | None = None,
+        context: int | None = None,
         **options: Any,
     ) -> Any:
         """As of transformers; `sparsity`, `policy` and `max_rows` as of `ctxprune.load`.
+
+        Args:
+            context: tokens of the texts for which the sparsity is met, as of `Handle.use`.
 
         Raises:
             CtxpruneError: as `ctxprune.load`.
@@ -41,7 +47,8 @@ class Evicting:
         loaded = parent.from_pretrained(source, *args, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         where = {name: options[name] for name in HUB if options.get(name) is not None}
-        attach_from(model, source, sparsity=sparsity, policy=policy, max_rows=max_rows, **where)
+        chosen = {"sparsity": sparsity, "policy": policy, "max_rows": max_rows, "context": context}
+        attach_from(model, source, chosen, **where)
         return loaded
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
@@ -73,38 +80,33 @@ def generate(*args: Any, model: Any, **kwargs: Any) -> Any:
     """
     if not hasattr(model, "ctxprune"):
         revision = getattr(model.config, "_commit_hash", None)
-        attach_from(model, model.name_or_path, revision=revision)
+        attach_from(model, model.name_or_path, {}, revision=revision)
     return model.generate(*args, **kwargs)
 
 
 def attach_from(
-    model: PreTrainedModel,
-    source: str | Path,
-    *,
-    sparsity: float | None = None,
-    policy: str = "gate",
-    max_rows: int | None = None,
-    **where: Any,
+    model: PreTrainedModel, source: str | Path, chosen: Mapping[str, Any], **where: Any
 ) -> None:
     """Give a model that transformers loaded the gates of its folder or repository, and switch on.
 
     Args:
-        source: what it was loaded from; `where` as `HUB`. The others as of `ctxprune.load`.
+        source: what it was loaded from; `where` as `HUB`.
+        chosen: arguments of `Handle.use`; without a sparsity it is the one that was tuned to.
 
     Raises:
         CtxpruneError: as `ctxprune.load`.
     """
     try:
         files = [cached_file(source, name, **where) for name in checkpoint.OWN]
-    except OSError as error:
+    except FAULTS as error:
         raise CtxpruneError(
-            f"`{source}` has no gates: {checkpoint.first_line(error)}",
+            f"`{source}` has no gates: {first_line(error)}",
             "load it without `trust_remote_code` to run it dense",
         ) from error
     folder = Path(str(files[0])).parent
     checkpoint.attach_gates(folder, model)
     handle = handle_of(model)
-    level = handle.config.tuned if sparsity is None else sparsity
-    handle.use(policy, level, max_rows=max_rows)
+    level = chosen.get("sparsity")
+    handle.use(**{**chosen, "sparsity": handle.config.tuned if level is None else level})
     provenance = checkpoint.read_settings(folder).get("provenance", {})
     object.__setattr__(model, "ctxprune_provenance", provenance)
