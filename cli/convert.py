@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ctxprune.cli.console import say
-from ctxprune.cli.options import EVICTION, MODEL, Force, Out, option, settings
+from ctxprune.cli.options import EVICTION, MODEL, Force, Out, StoredDtype, option, settings
 from ctxprune.cli.workspace import set_current
 from ctxprune.pruner.config import PruneConfig
 
@@ -58,13 +58,15 @@ def convert(
         ),
     ] = None,
     adapter: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
-            help="What `tune --train lora` added to this very model; repeat it to average the "
-            "weights of several, with the gates of the first.",
+            help="What `tune` added to this very model: a file, a folder, the name of a shipped "
+            "one or a hub id; repeat it to average the weights of several, with the gates of the "
+            "first.",
             rich_help_panel=MODEL,
         ),
     ] = None,
+    dtype: StoredDtype = None,
     force: Force = False,
     trust_remote_code: Annotated[
         bool,
@@ -89,6 +91,7 @@ def convert(
         adapter=adapter or [],
         force=force,
         trust_remote_code=trust_remote_code,
+        dtype=dtype or "auto",
     )
     set_current(folder)
     say(checkpoint.read_settings(folder)["layers"])

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ctxprune.cli.console import say
-from ctxprune.cli.options import OUTPUT, Force, Model, Out
+from ctxprune.cli.options import OUTPUT, Force, Model, Out, StoredDtype
 from ctxprune.cli.report import read
 from ctxprune.cli.workspace import current
 
@@ -20,6 +20,8 @@ Examples:
   ctxprune eval --out results.json && ctxprune export --out ./release --results results.json
 
   ctxprune export --out ./release --results gate.json --results sink.json --results speed.json
+
+  ctxprune export --out ./release --dtype bfloat16 --push-to-hub user/model
 """
 
 
@@ -33,6 +35,15 @@ def export(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    dtype: StoredDtype = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Repository of the hub to send the folder to as well.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write a self-contained folder: weights, gates, calibration, tokenizer, model card."""
@@ -40,11 +51,18 @@ def export(
     folder = current(model)
     from ctxprune.pruner.checkpoints import export as exporting
 
-    alone = merged.alone if merged else None
     measured = ""
-    if merged and alone is None:
+    if merged and merged.alone is None:
         from ctxprune.evals.report.report_page import markdown
 
         measured = markdown(merged, level=0, provenance=False)
-    exporting.export(folder, out, force=force, results=alone, measured=measured)
-    say(f"wrote {out}")
+    exporting.export(
+        folder,
+        out,
+        force=force,
+        results=merged.evaluations if merged else [],
+        measured=measured,
+        repository=push_to_hub,
+        dtype=dtype or "auto",
+    )
+    say(f"wrote {out}" + (f", and sent it to {push_to_hub}" if push_to_hub else ""))

@@ -74,6 +74,15 @@ Dtype = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+StoredDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Of the weights in the folder: auto (default: as they are, which is float32 for what "
+        ".gguf files pack), bfloat16, float16, float32, float64.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(

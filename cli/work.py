@@ -216,7 +216,7 @@ class Work:
         from ctxprune.pruner.checkpoints.export import export
 
         results = self.results.get(str(step.options.get("results")))
-        export(self._model(step), self.out / step.name, force=True, results=results)
+        export(self._model(step), self.out / step.name, force=True, results=results or ())
 
     def _generate(self, step: Step) -> None:
         from ctxprune.pruner.config import GenerateConfig

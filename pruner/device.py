@@ -69,6 +69,16 @@ def place(device: str = AUTO, dtype: str = AUTO, parts: DeviceMap | None = None)
     return Place(chosen, torch.float32 if chosen.type == "cpu" else None, parts)
 
 
+def stored(dtype: str = AUTO) -> Place:
+    """Where a checkpoint is that is written again: on the CPU, `auto` in the dtype that it has.
+
+    Raises:
+        CtxpruneError: an unknown dtype.
+    """
+    choose("dtype", dtype, (AUTO, *DTYPES))
+    return Place(torch.device("cpu"), DTYPES.get(dtype))
+
+
 def _usable(name: str) -> torch.device:
     """The device of a name.
 

@@ -22,6 +22,11 @@ class Interrupted(CtxpruneError):
     """Work was stopped by the user and can be resumed."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def choose(kind: str, name: str, options: Iterable[str]) -> str:
     """Return `name` if it is one of `options`.
 

@@ -179,7 +179,7 @@ def test_an_adapter_of_another_model_is_refused(
     with pytest.raises(CtxpruneError, match="does not fit"):
         convert(str(dense_folder("llama")), out, {}, adapter=[tuned / adapter.FILE])
     for wrong in (tuned / "model.safetensors", tmp_path / "none"):
-        with pytest.raises(CtxpruneError, match="no adapter"):
+        with pytest.raises(CtxpruneError, match="no adapter|does not exist"):
             convert(str(dense_folder("gpt2")), out, {}, adapter=[wrong])
     assert not out.exists()
 

@@ -186,6 +186,11 @@ class Merged:
         run = self.runs[0]
         return run.results if len(self.runs) == 1 and run.kind == EVAL else None
 
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The results of all evaluations."""
+        return [run.results for run in self.runs if run.kind == EVAL]
+
 
 def merge(contents: Iterable[tuple[str, Any]]) -> Merged:
     """Merge the contents of files: results, or lists of them as recipes leave them.

@@ -20,7 +20,6 @@ from transformers import (
 
 from ctxprune.pruner.checkpoints.checkpoint import (
     check_folder,
-    first_line,
     load_off,
     load_tokenizer,
 )
@@ -29,7 +28,7 @@ from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import check_type
 from ctxprune.pruner.device import Place
 from ctxprune.pruner.engine.handle import attach, handle_of, new_gates
-from ctxprune.pruner.errors import CtxpruneError, choose
+from ctxprune.pruner.errors import CtxpruneError, choose, first_line
 
 
 @dataclass(frozen=True)

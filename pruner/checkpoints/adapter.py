@@ -1,11 +1,13 @@
 """What tuning added to a checkpoint, as one small file: LoRA matrices, gates and calibration.
 
 A safetensors file whose metadata hold the settings, so that `convert --adapter FILE` makes the
-tuned model from the published weights.
+tuned model from the published weights. LoRA matrices have a folder of peft's own beside it, for
+tools that know nothing of gates.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,26 +19,28 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from peft import (
     LoraConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ctxprune.pruner.checkpoints.hub import FAULTS
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import decoder_of
 from ctxprune.pruner.engine.handle import new_gates
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, first_line
 
 FILE = "adapter.ctxprune"
 SUFFIX = ".ctxprune"
+PEFT = "peft"
 # Whose repositories on the hub hold the shipped adapters, by their names.
 OWNER = "ctxprune"
 LORA, GATES = "lora/", "gates/"
@@ -69,15 +73,18 @@ def wrap(model: PreTrainedModel, rank: int) -> PreTrainedModel:
         CtxpruneError: the weights are quantized.
     """
     check_plain(model)
+    with _names_as_they_are(model):
+        return get_peft_model(model, _lora_config(model, rank))  # type: ignore[return-value]
+
+
+def _lora_config(model: PreTrainedModel, rank: int) -> LoraConfig:
     targets = list(decoder_of(model).lora_targets)
-    config = LoraConfig(
+    return LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules=targets,
         fan_in_fan_out=any(type(model.get_submodule(name)) is Conv1D for name in targets),
     )
-    with _names_as_they_are(model):
-        return get_peft_model(model, config)  # type: ignore[return-value]
 
 
 def check_plain(model: PreTrainedModel) -> None:
@@ -102,7 +109,7 @@ def save(
     """Write the adapter of a model that `wrap` made; rank 0: only gates were tuned.
 
     The LoRA matrices are rounded to bfloat16: half the size, and less than what a step of the
-    optimizer changes. The gates stay as they are.
+    optimizer changes. The gates stay as they are. In peft's folder nothing is rounded.
 
     Args:
         onto: the adapter that had been merged before, if any: the new one holds both, as LoRA of
@@ -111,8 +118,9 @@ def save(
     matrices = get_peft_model_state_dict(model) if rank else {}
     if onto is not None:
         before = read(onto)
-        matrices = _stacked(before.lora, matrices)
+        matrices = _stacked({n: matrix.float() for n, matrix in before.lora.items()}, matrices)
         rank += before.about["lora_rank"]
+    write_peft(path.parent / PEFT, model, matrices, rank, provenance)
     matrices = {name: matrix.to(torch.bfloat16) for name, matrix in matrices.items()}
     about = {"provenance": dict(provenance), "lora_rank": rank}
     write(path, Adapter(about, matrices, gates.state_dict(), path.name), config)
@@ -142,10 +150,10 @@ def find(name: str) -> Path:
     repository = name if "/" in name else f"{OWNER}/{name}"
     try:
         return Path(hf_hub_download(repository, FILE))
-    except (OSError, ValueError, EntryNotFoundError) as error:
+    except FAULTS as error:
         raise CtxpruneError(
             f"`{name}` is no file here, and {FILE} of `{repository}` could not be fetched from "
-            f"the hub: {str(error).strip().splitlines()[0]}",
+            f"the hub: {first_line(error)}",
             "check the name and the network, or give the file",
         ) from error
 
@@ -204,6 +212,30 @@ def write(path: Path, adapter: Adapter, config: PruneConfig) -> None:
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     about = {**adapter.about, "config": dataclasses.asdict(config)}
     save_file(contiguous, path, metadata={"ctxprune": json.dumps(about)})
+
+
+def write_peft(
+    folder: Path,
+    model: PreTrainedModel,
+    matrices: Mapping[str, Tensor],
+    rank: int,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write LoRA matrices as the folder that `PeftModel.from_pretrained` loads; none without any.
+
+    Args:
+        model: that they are of, wrapped or not.
+    """
+    if not matrices:
+        return
+    wrapped = getattr(model, "peft_config", None)
+    config = _lora_config(model, rank) if wrapped is None else copy.copy(wrapped["default"])
+    config.r, config.lora_alpha, config.inference_mode = rank, 2 * rank, True
+    config.task_type = "CAUSAL_LM"
+    config.base_model_name_or_path = str(provenance.get("base", ""))
+    config.save_pretrained(str(folder))
+    tensors = {name: matrix.detach().contiguous() for name, matrix in matrices.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def check_changes(settings: Mapping[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Model folders: a plain Hugging Face folder + `ctxprune.json` + `ctxprune.safetensors`.
 
+`interop` tells what else is in them, for other tools.
+
 Folders are written under a temporary name and renamed, so that none is ever half there.
 """
 
@@ -34,17 +36,20 @@ from transformers import (
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from ctxprune.pruner.checkpoints import hub, interop
 from ctxprune.pruner.config import PruneConfig, check_sparsity
 from ctxprune.pruner.decoder import check_type, decoder_of
 from ctxprune.pruner.device import AUTO, DeviceMap, Place, place
 from ctxprune.pruner.engine.handle import attach, handle_of
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, first_line
+from ctxprune.pruner.files import unlock
 from ctxprune.pruner.gate import Gate
 
 SETTINGS = "ctxprune.json"
 GATES = "ctxprune.safetensors"
 # What safetensors calls the dtypes that models mostly have.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+OWN = (SETTINGS, GATES)
 
 
 @contextmanager
@@ -61,6 +66,7 @@ def staged(out: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
+        unlock(path for path in temporary.rglob("*") if path.is_file())
         if out.exists():
             old = out.parent / f".{out.name}.{os.getpid()}.old"
             out.rename(old)
@@ -145,6 +151,17 @@ def write(
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    complete(folder, model, gates, config, provenance)
+
+
+def complete(
+    folder: Path,
+    model: PreTrainedModel,
+    gates: nn.ModuleList,
+    config: PruneConfig,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Add to what transformers saved of a model: gates, settings, and what other tools read."""
     save_file(
         {name: tensor.detach().contiguous() for name, tensor in gates.state_dict().items()},
         folder / GATES,
@@ -159,6 +176,9 @@ def write(
     }
     text = json.dumps(settings, indent=2) + "\n"
     (folder / SETTINGS).write_text(text, encoding="utf-8")
+    interop.write_index(folder)
+    interop.write_code(folder, model)
+    unlock(folder.glob("*.safetensors"))
 
 
 def load(
@@ -174,7 +194,7 @@ def load(
     """Load a converted folder, ready to score and to generate with eviction.
 
     Args:
-        folder: what `convert`, `tune` or `export` wrote.
+        folder: what `convert`, `tune` or `export` wrote, or a repository of the hub with that.
         sparsity: level in [0, 1); None: the one it was tuned to, 0 if it was not.
         policy: who decides; see `ctxprune.pruner.policies.names`.
         max_rows: cap on the rows of a sequence; None: the one of `ctxprune.json`; 0: none.
@@ -189,8 +209,9 @@ def load(
 
     Raises:
         CtxpruneError: not a converted folder, damaged files, gates that do not fit, a device that
-            cannot be used.
+            cannot be used, a hub out of reach.
     """
+    folder = hub.fetched(folder)
     config = read_config(folder)
     if sparsity is not None:
         check_sparsity(sparsity)
@@ -211,12 +232,11 @@ def load_off(
     Raises:
         CtxpruneError: as `load`.
     """
-    config = read_config(folder)
+    read_config(folder)
     if on_event is not None:
         on_event(f"loading the model: {where}")
     model = load_dense(Path(folder), where)
-    attach(model, _load_gates(Path(folder), model, config), config)
-    model.eval()
+    attach_gates(Path(folder), model)
     return model
 
 
@@ -243,6 +263,17 @@ def sketch(folder: str | Path) -> PreTrainedModel:
     return model
 
 
+def attach_gates(folder: Path, model: PreTrainedModel) -> None:
+    """Give a model the gates of its folder, switched off; it is in eval mode then.
+
+    Raises:
+        CtxpruneError: as `load`.
+    """
+    config = read_config(folder)
+    attach(model, _load_gates(folder, model, config), config)
+    model.eval()
+
+
 def load_dense(folder: Path, where: Place) -> PreTrainedModel:
     """The folder's transformers model, from safetensors alone.
 
@@ -250,14 +281,14 @@ def load_dense(folder: Path, where: Place) -> PreTrainedModel:
         CtxpruneError: weights missing, damaged, or only there as a pickle; too large for a device.
     """
     check_weights(folder)
-    options: dict[str, Any] = {"dtype": where.dtype or AUTO}
+    options: dict[str, Any] = {"dtype": where.dtype or AUTO, "trust_remote_code": False}
     with ExitStack() as stack:
         if where.parts is not None:
             # What fits into no memory is read from files of its own, pass by pass.
             kept = stack.enter_context(TemporaryDirectory(prefix="ctxprune-"))
             options |= {"device_map": where.parts, "offload_folder": kept}
         try:
-            about = AutoConfig.from_pretrained(folder)
+            about = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             kind: Any = check_type(about)
             quantized = check_quantization(about, str(folder))
             loaded: Any = kind.from_pretrained(
@@ -361,7 +392,7 @@ def check_weights(folder: Path) -> None:
 
 def _check_shards(folder: Path) -> None:
     """Raise CtxpruneError unless all files are there that an index of weights names."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / interop.INDEX
     if not index.is_file():
         return
     try:
@@ -376,11 +407,6 @@ def _check_shards(folder: Path) -> None:
         )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder.
 
@@ -388,7 +414,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         CtxpruneError: there is none, or it knows no tokens.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CtxpruneError(f"`{folder}` has no tokenizer: {first_line(error)}") from error
     if len(tokenizer) < 2:

@@ -20,11 +20,13 @@ from transformers import (
 from ctxprune.pruner.checkpoints import adapter as adapters
 from ctxprune.pruner.checkpoints import checkpoint
 from ctxprune.pruner.checkpoints.agreement import check_agreement
+from ctxprune.pruner.checkpoints.card import facts_of
+from ctxprune.pruner.checkpoints.hub import FAULTS
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import check_type
-from ctxprune.pruner.device import Place
+from ctxprune.pruner.device import AUTO, Place, stored
 from ctxprune.pruner.engine.handle import attach, new_gates
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, first_line
 
 
 def convert(
@@ -35,6 +37,7 @@ def convert(
     adapter: Sequence[str | Path] = (),
     force: bool = False,
     trust_remote_code: bool = False,
+    dtype: str = AUTO,
 ) -> Path:
     """Write a converted copy of `source` to `out`: it prunes nothing until it is tuned.
 
@@ -45,46 +48,54 @@ def convert(
         adapter: what `tune` added to this very source, whose settings are then the defaults: a
             file, or a name (`adapter.find`); of several the weights are averaged (`adapter.mean`).
         trust_remote_code: let a hub repository run its own code.
+        dtype: of the weights; `auto`: the source's own, and float32 for .gguf files, as fewer bits
+            would not hold what is packed in them.
 
     Raises:
         CtxpruneError: missing, damaged or unsupported source, or one whose attention is not what
             was derived of it (`agreement`); `out` exists; no space left.
     """
     checkpoint.refuse_existing(out, force=force)
+    where = stored(dtype)
     config = PruneConfig.from_mapping(settings, "the settings")
     tuned = _adapter(adapter) if adapter else None
     if tuned is not None:
         adapters.check_changes(settings)
     if source is None:
         with embedded_folder() as folder:
-            model, tokenizer = _from_folder(folder)
+            model, tokenizer = _from_folder(folder, where)
+            facts = facts_of(folder)
         name = "the embedded checkpoint"
     elif source.endswith(".gguf"):
-        model, tokenizer = _from_gguf(Path(source))
-        name = Path(source).name
+        model, tokenizer = _from_gguf(Path(source), where)
+        name, facts = Path(source).name, facts_of(source)
     elif Path(source).is_dir():
-        model, tokenizer = _from_folder(Path(source))
-        name = str(source)
+        model, tokenizer = _from_folder(Path(source), where)
+        name, facts = Path(source).resolve().name, facts_of(source)
     elif Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         what = "is not a model" if Path(source).exists() else "does not exist"
         raise CtxpruneError(f"`{source}` {what}", "give a hub id, a model folder, or a .gguf file")
     else:
-        model, tokenizer = _from_hub(source, trust_remote_code=trust_remote_code)
-        name = source
+        model, tokenizer = _from_hub(source, where, trust_remote_code=trust_remote_code)
+        name, facts = source, facts_of(source)
+    if dtype != AUTO:
+        adapters.check_plain(model)
     # Of training there is none here, and dropout would differ from pass to pass.
     model.eval()
-    provenance = {"base": name}
+    provenance = {"base": name, "origin": facts}
     if tuned is None:
         gates = new_gates(model, config)
     else:
         model, gates, config = adapters.apply(tuned, model, settings)
-        provenance = {**tuned.about["provenance"], "base": name}
+        provenance = {**tuned.about["provenance"], **provenance}
     attach(model, gates, config)
     check_agreement(model)
     with checkpoint.staged(out, force=force) as folder:
         checkpoint.write(folder, model, gates, config, tokenizer, provenance)
         if tuned is not None:
             adapters.write(folder / adapters.FILE, tuned, config)
+            rank = tuned.about["lora_rank"]
+            adapters.write_peft(folder / adapters.PEFT, model, tuned.lora, rank, provenance)
     return out
 
 
@@ -98,30 +109,31 @@ def embedded_folder() -> AbstractContextManager[Path]:
     return as_file(files("ctxprune.recipes").joinpath("embedded", "checkpoint"))
 
 
-def _from_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_folder(folder: Path, where: Place) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not (folder / "config.json").is_file():
         raise CtxpruneError(f"`{folder}` has no config.json", "give the folder of a model")
-    _kind_of(str(folder))
-    model = checkpoint.load_dense(folder, Place(torch.device("cpu"), None))
+    _kind_of(str(folder), trust_remote_code=False)
+    model = checkpoint.load_dense(folder, where)
     return model, checkpoint.load_tokenizer(folder)
 
 
-def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_gguf(path: Path, where: Place) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not path.is_file():
         raise CtxpruneError(f"`{path}` does not exist")
-    where: dict[str, Any] = {"gguf_file": path.name}
+    file: dict[str, Any] = {"gguf_file": path.name}
     try:
-        kind, _ = _kind_of(str(path.parent), **where)
-        model = kind.from_pretrained(path.parent, dtype=torch.float32, **where)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+        kind, _ = _kind_of(str(path.parent), **file)
+        dtype = where.dtype or torch.float32
+        model = kind.from_pretrained(path.parent, dtype=dtype, **file)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **file)
     except CtxpruneError:
         raise
     except Exception as error:  # the reader raises whatever a broken header makes it trip over
         raise CtxpruneError(
-            f"`{path}` cannot be read as GGUF: {checkpoint.first_line(error)}",
+            f"`{path}` cannot be read as GGUF: {first_line(error)}",
             "the file is damaged, or of an architecture that transformers does not read",
         ) from error
-    # The weights are plain float32 by now; the leftovers would forbid saving them.
+    # The weights are plain numbers by now; the leftovers would forbid saving them.
     object.__setattr__(model, "hf_quantizer", None)
     object.__setattr__(model, "is_quantized", False)
     if hasattr(model.config, "quantization_config"):
@@ -130,20 +142,21 @@ def _from_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _from_hub(
-    source: str, *, trust_remote_code: bool
+    source: str, where: Place, *, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         kind, about = _kind_of(source, **options)
         quantized = checkpoint.check_quantization(about, source)
-        model = kind.from_pretrained(source, dtype="auto", use_safetensors=True, **options)
+        dtype = where.dtype or AUTO
+        model = kind.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
         if quantized:
             checkpoint.settle_quantization(model)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except FAULTS as error:
         raise CtxpruneError(
             f"`{source}` is no folder here, and it could not be fetched from the hub: "
-            f"{checkpoint.first_line(error)}",
+            f"{first_line(error)}",
             "check the name and the network, or give a folder or a .gguf file",
         ) from error
     return model, tokenizer
@@ -158,6 +171,6 @@ def _kind_of(source: str, **options: Any) -> tuple[Any, PretrainedConfig]:
         config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
     except (ValueError, KeyError) as error:
         raise CtxpruneError(
-            f"`{source}` is not a model that transformers knows: {checkpoint.first_line(error)}"
+            f"`{source}` is not a model that transformers knows: {first_line(error)}"
         ) from error
     return check_type(config), config
