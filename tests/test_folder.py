@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import TEXT, tiny_model
+from gguf import GGUFWriter
 from huggingface_hub import ModelCard
 from local_hub import local_hub
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -391,6 +392,23 @@ def test_the_card_has_the_metadata_of_the_hub(
     words = (out / "README.md").read_text()
     assert "/home/someone" not in words and str(tmp_path) not in words
     assert "another project" in words and "trust_remote_code=True" in words
+
+
+def test_the_header_of_a_gguf_file_is_a_card_too(tmp_path: Path) -> None:
+    path = tmp_path / "base.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_license("mit")
+    writer.add_languages(["en"])
+    writer.add_base_model_count(1)
+    writer.add_base_model_repo_url(0, "https://huggingface.co/someone/base")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    facts = {"license": "mit", "language": ["en"], "base_model": "someone/base"}
+    assert card.facts_of(path) == facts
+    path.write_bytes(b"GGUF but not really")
+    assert card.facts_of(path) == {}
 
 
 @pytest.mark.parametrize(
