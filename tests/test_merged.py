@@ -253,18 +253,17 @@ def test_the_tables_in_markdown() -> None:
     lines = markdown(merge(FILES)).splitlines()
     start = lines.index("### books/test.txt, context 512, 51,100 tokens")
     assert lines[start + 2 : start + 9] == [
-        "| model | policy | requested | sparsity | cache sparsity | rows | perplexity "
-        "| over dense | run |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| tuned | dense | 0 | 0.000 | 0.000 |  | 30.00 |  | 1 |",
-        "| tuned | gate | 0.8 | 0.790 | 0.790 | 108 | 33.00 | +10.0% | 1 |",
-        "| tuned | sink | 0.5 | 0.500 | 0.500 | 256 | 36.00 | +20.0% | 2 |",
-        "| tuned | sink | 0.8 | 0.800 | 0.800 | 102 | 45.00 | +50.0% | 2 |",
+        "| model | policy | sparsity | realised | rows left | perplexity | over dense | run |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| tuned | dense | 0 | 0.000 |  | 30.00 |  | 1 |",
+        "| tuned | gate | 0.8 | 0.790 | 108 (21%) | 33.00 | +10.0% | 1 |",
+        "| tuned | sink | 0.5 | 0.500 | 256 (50%) | 36.00 | +20.0% | 2 |",
+        "| tuned | sink | 0.8 | 0.800 | 102 (20%) | 45.00 | +50.0% | 2 |",
         "",
     ]
     start = lines.index("### hellaswag, 100 documents")
     assert lines[start + 2 : start + 6] == [
-        "| model | policy | requested | sparsity | rows | acc | acc_norm | run |",
+        "| model | policy | sparsity | realised | rows left | acc | acc_norm | run |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| tuned | gate | 0.8 | 0.310 | 44 | 0.420 ± 0.049 | 0.450 | 1 |",
         "| tuned | sink | 0.5 | 0.310 | 44 | 0.420 ± 0.049 | 0.450 | 2 |",

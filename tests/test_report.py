@@ -128,7 +128,7 @@ def with_retrieval() -> dict[str, Any]:
 def test_the_cells_of_retrieval_have_a_table_of_their_own() -> None:
     lines = markdown([with_retrieval()]).splitlines()
     assert "| retrieval | acc | dense | 0 | 0.000 |  | 0.900 ± 0.050 |  |  |" in lines
-    start = lines.index("| model | policy | requested | length | 0.1 | 0.9 |")
+    start = lines.index("| model | policy | sparsity | length | 0.1 | 0.9 |")
     assert lines[start - 2].startswith("Accuracy of retrieval")
     assert lines[start + 2 : start + 6] == [
         "| tuned | dense | 0 | 1024 | 0.91 | 0.99 |",

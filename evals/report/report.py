@@ -233,7 +233,7 @@ def retrieved(found: Iterable[tuple[list[str], Sequence[dict[str, Any]]]]) -> Ta
                 cell["depth"]: f"{cell['acc']:.2f}" for cell in cells if cell["length"] == length
             }
             rows.append([*subject, f"{length}", *(acc.get(depth, "") for depth in depths)])
-    header = ["model", "policy", "requested", "length", *(f"{depth:g}" for depth in depths)]
+    header = ["model", "policy", "sparsity", "length", *(f"{depth:g}" for depth in depths)]
     return Table(header, rows, 2, RETRIEVED)
 
 

@@ -15,19 +15,27 @@ from typing import Any
 from ctxprune.evals.places import without_place
 from ctxprune.evals.report.charts import Chart, accuracy_chart, perplexity_chart, speed_charts
 from ctxprune.evals.report.merged import DENSE, Bench, Merged, Panel, Point, Run, Subject, threads
-from ctxprune.evals.report.report import RETRIEVED, decider, metrics_of, retrieved, score
+from ctxprune.evals.report.report import (
+    LEGEND,
+    RETRIEVED,
+    decider,
+    gone,
+    metrics_of,
+    retrieved,
+    score,
+)
 from ctxprune.evals.report.tables import Table, html_table, markdown_table, plain
 from ctxprune.evals.speed import speed_report, training_report
 
 TITLE = "What was measured"
 RUN = "run"  # the column that leads to the provenance
+ABOUT = ["model", "policy", "sparsity", "realised", "rows left"]
 NOTES = {
     "Perplexity": (
-        "Sparsity is the share of the earlier tokens that were gone when a query looked; rows are "
-        "what a layer held of a text at its end. Another text, context or number of tokens is "
+        f"Sparsity is what was asked for; {LEGEND}. Another text, context or number of tokens is "
         "another measurement, with a table of its own."
     ),
-    "Tasks": "Give or take one standard error; sparsity is that of the task's own requests.",
+    "Tasks": "Give or take one standard error; realised is that of the task's own requests.",
     "Speed and memory": (
         "Medians. The modes of one run took turns in one process; runs of other days compare less "
         "well."
@@ -157,17 +165,14 @@ def _sections(merged: Merged, *, charts: bool) -> list[tuple[str, list[Part]]]:
 
 
 def _text(panel: Panel, subjects: Sequence[Subject] | None, name: str) -> Part:
-    header = ["model", "policy", "requested", "sparsity", "cache sparsity", "rows", "perplexity"]
-    header += ["over dense", RUN]
+    header = [*ABOUT, "perplexity", "over dense", RUN]
     rows = []
     for point in panel.points:
         value, dense = point.figures["perplexity"], panel.dense_of(point, "perplexity")
         rows.append(
             [
                 *_subject(point),
-                f"{point.sparsity:.3f}",
-                f"{point.figures['cache_sparsity']:.3f}",
-                score(point.figures, "rows"),
+                *gone({**point.figures, "sparsity": point.sparsity}),
                 f"{value:.2f}",
                 f"{value / dense - 1:+.1%}" if dense and point.subject.policy != DENSE else "",
                 str(point.run),
@@ -183,14 +188,13 @@ def _task(panel: Panel, subjects: Sequence[Subject] | None, name: str) -> Part:
     rows = [
         [
             *_subject(point),
-            f"{point.sparsity:.3f}",
-            score(point.figures, "rows"),
+            *gone({**point.figures, "sparsity": point.sparsity}),
             *(score(point.figures, metric) for metric in metrics),
             str(point.run),
         ]
         for point in panel.points
     ]
-    header = ["model", "policy", "requested", "sparsity", "rows", *metrics, RUN]
+    header = [*ABOUT, *metrics, RUN]
     tables = [Table(header, rows, texts=2, title="Scores by level")]
     cells = retrieved((_subject(point), point.cells) for point in panel.points if point.cells)
     if cells.rows:
