@@ -157,7 +157,7 @@ def bench(
     ] = False,
     train: Annotated[
         str | None,
-        typer.Option(help="gates, lora or full; default: full.", rich_help_panel=TRAINING),
+        typer.Option(help="lora or full; default: full.", rich_help_panel=TRAINING),
     ] = None,
     bf16: Annotated[
         bool | None,

@@ -65,7 +65,9 @@ class Savings:
 
 def in_words(sparsity: float) -> str:
     """A sparsity that was realised, in words."""
-    return f"sparsity {sparsity:.2f}: on average a token did not see {sparsity:.0%} of those before"
+    return (
+        f"sparsity {sparsity:.2f}: on average a token did not see {sparsity:.0%} of those before it"
+    )
 
 
 def share_left(share: float) -> str:

@@ -361,6 +361,13 @@ def test_reports(tuned: Make, quick: BenchConfig, tmp_path: Path) -> None:
     with console.capture() as capture:
         console.print(rich_table(results))
     assert capture.get().count("gate 0.8") == 6  # two batch sizes, three tables
+    for width in (80, 120):
+        narrow = Console(width=width)
+        with narrow.capture() as capture:
+            narrow.print(rich_table(results))
+        text = capture.get()
+        assert "\u2026" not in text and max(map(len, text.splitlines())) <= width
+        assert text.count("speedup") == text.count("interval ") == 1 and "compression_ratio" in text
     plot(results, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
@@ -429,6 +436,7 @@ def test_the_command(tiny_folder: Make, text_file: Path, tmp_path: Path) -> None
         (["--training", "--dtype", "float32"], "`--dtype` is nothing to steps of tuning"),
         (["--training", "--plot", "a.png"], "`--plot` is nothing to steps of tuning"),
         (["--training", "--batch-size", "1,2"], "measured at one batch size"),
+        (["--training", "--train", "gates"], "a dense step trains no gates"),
         (["--bf16"], "`--bf16` is nothing to prefill and decoding"),
     ],
 )

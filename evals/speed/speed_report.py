@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderResult
+from rich.measure import Measurement
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from ctxprune.evals.report.shapes import BREAKDOWN, DYNAMIC, ORACLE, STATIC
 from ctxprune.evals.report.tables import Table, markdown_table
@@ -23,18 +26,43 @@ PLACE = ["mode", "batch", "context"]
 
 def rich_table(results: dict[str, Any]) -> Group:
     """The measurements, and under them where the time of a pruned step goes."""
-    shown = []
-    for table in tables(results):
-        form = RichTable(title=table.title)
-        for index, name in enumerate(table.header):
-            lines = name.replace(" ", "\n")  # narrow, so that figures need no second line
-            form.add_column(lines, justify="left" if index < table.texts else "right")
-        for row, following in itertools.zip_longest(table.rows, table.rows[1:], fillvalue=()):
+    caption = f"{note(results)}. {_left(results)}".rstrip()
+    return Group(*map(Fitting, tables(results)), Text(caption, style="dim"))
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A table for a terminal; where it is too wide, its figures go on in tables below.
+
+    Each of them repeats the first columns, which say what a row is of.
+    """
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The tables, each as wide as it may be."""
+        keys, title = list(range(len(PLACE))), self.table.title
+        chosen: list[int] = []
+        boundless = options.update(max_width=10_000)
+        for column in range(len(PLACE), len(self.table.header)):
+            wider = self._part([*keys, *chosen, column], title)
+            if chosen and Measurement.get(console, boundless, wider).maximum > options.max_width:
+                yield self._part([*keys, *chosen], title)
+                chosen, title = [], f"{self.table.title}, continued"
+            chosen.append(column)
+        yield self._part([*keys, *chosen], title)
+
+    def _part(self, columns: list[int], title: str) -> RichTable:
+        form = RichTable(title=title)
+        for index in columns:
+            lines = self.table.header[index].replace(" ", "\n")  # narrow
+            justify: JustifyMethod = "left" if index < self.table.texts else "right"
+            form.add_column(lines, justify=justify, no_wrap=index >= self.table.texts)
+        rows = self.table.rows
+        for row, following in itertools.zip_longest(rows, rows[1:], fillvalue=()):
             same = row[1:3] == following[1:3]  # batch and context
-            form.add_row(*row, end_section=not same)
-        shown.append(form)
-    shown[-1].caption = note(results)
-    return Group(*shown)
+            form.add_row(*(row[index] for index in columns), end_section=not same)
+        return form
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -214,7 +242,7 @@ def note(results: dict[str, Any]) -> str:
     )
     if any(row["text_repeated"] for row in results["rows"]):
         parts.append("some prompts repeated")
-    return f"{', '.join(parts)}. {_left(results)}".rstrip()
+    return ", ".join(parts)
 
 
 def _left(results: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from ctxprune.pruner.config import FromMapping, TuneConfig, check_at_least
 from ctxprune.pruner.data import read_texts, windows
 from ctxprune.pruner.device import input_device, place
 from ctxprune.pruner.engine.handle import handle_of
+from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.training.tune import Trainee, trainable
 
 DENSE, GATED, DISTILLED, LOCAL = "dense", "gated", "gated, distilled", "gates, local"
@@ -33,7 +34,7 @@ class TrainingCostConfig(FromMapping):
 
     Attributes:
         context: lengths of the windows; all are measured. batch: windows a step.
-        train: what is trained, as for `TuneConfig`. bf16: autocast to bfloat16.
+        train: `lora` or `full`: a dense step has no gates to train. bf16: autocast to bfloat16.
         repeats: timed steps a mode.
         text: of the windows, as for `EvalConfig`.
     """
@@ -49,6 +50,11 @@ class TrainingCostConfig(FromMapping):
         object.__setattr__(self, "context", tuple(int(n) for n in self.context))
         for name in ("batch", "repeats"):
             check_at_least(name, getattr(self, name), 1)
+        if self.train == "gates":
+            raise CtxpruneError(
+                "a dense step trains no gates, so there is nothing to compare with",
+                "give `--train lora` or `--train full`",
+            )
         self.tuning()
 
     def tuning(self, distill: float = 0.0) -> TuneConfig:
