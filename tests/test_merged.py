@@ -296,7 +296,7 @@ def test_protocols_compare_at_the_level_asked_for() -> None:
     told = "dense: 30.00; h2o: 36.00 at 0.80; h2o, after the prompt: 33.00 at 0.80."
     assert told in chart.svg
     page = markdown(merged)
-    assert "| m | h2o, after the prompt | 0.8 | 0.150 | 0.150 | 435 | 33.00 | +10.0% | 2 |" in page
+    assert "| m | h2o, after the prompt | 0.8 | 0.150 | 435 (85%) | 33.00 | +10.0% | 2 |" in page
     assert page.count("h2o: while reading, where") == 2  # of the text and of the task
 
 
@@ -311,7 +311,7 @@ def test_markdown_for_a_card_has_no_page_around_it() -> None:
     page = markdown(merge(FILES), level=0, provenance=False)
     assert page.startswith("### Perplexity\n")
     assert "ctxprune eval" not in page and "| run |" not in page
-    assert "| tuned | gate | 0.8 | 0.790 | 0.790 | 108 | 33.00 | +10.0% |\n" in page
+    assert "| tuned | gate | 0.8 | 0.790 | 108 (21%) | 33.00 | +10.0% |\n" in page
 
 
 def test_the_page_is_whole_and_alone() -> None:
