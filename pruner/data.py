@@ -181,7 +181,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -
     if count == 0:
         raise CtxpruneError(
             f"the text has {len(ids)} tokens, less than one window of {length}",
-            "give more text, or a smaller `--context`",
+            "give more text, or a smaller `--max-length`",
         )
     return torch.tensor(ids[: count * length]).view(count, length)
 

@@ -73,7 +73,7 @@ def test_what_stands_behind_a_double_dash_is_no_option(
     assert "unexpected extra argument" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "eval"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_json_takes_no_file(name: str) -> None:
     """One meaning: what else goes to stdout does not, and the result does."""
     options = {flag: p for p in get_command(app).commands[name].params for flag in p.opts}  # type: ignore[attr-defined]

@@ -195,7 +195,7 @@ def tune(
     if accelerator.distributed_type is DistributedType.FSDP:
         raise CtxpruneError(
             "tuning cannot be sharded by FSDP: its state and its adapter are whole tensors",
-            "leave FSDP off; `--train lora --checkpointing` saves memory on every process",
+            "leave FSDP off; `--train lora --gradient-checkpointing` saves memory on every process",
         )
     on_phase = on_phase if on_phase and accelerator.is_main_process else _say_nothing
     if resume and not (work / STATE).is_file():
@@ -411,7 +411,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tens
         raise CtxpruneError(
             f"the text makes {len(train)} window of {config.context} tokens: none is left to "
             "calibrate on",
-            "give more text, a smaller `--context`, or a text for `--valid`",
+            "give more text, a smaller `--max-length`, or a text for `--validation-data`",
         )
     return train[:-spare], train[-spare:][:count]
 
@@ -421,21 +421,21 @@ def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -
     if limit is not None and config.context > limit:
         raise CtxpruneError(
             f"a context of {config.context} is beyond the {limit} positions of this model",
-            f"use `--context {limit}` or less",
+            f"use `--max-length {limit}` or less",
         )
     least = 1.0 - handle.decoder.sight.kept(config.context)
     if 0.0 < config.sparsity <= least:
         raise CtxpruneError(
             f"the windows of this model drop {least:.2f} of the pairs of {config.context} tokens "
             f"by themselves, so sparsity {config.sparsity:g} asks for nothing",
-            "use a shorter `--context`, or a higher level",
+            "use a shorter `--max-length`, or a higher level",
         )
     most = ceiling(handle.config, config.context)
     if config.sparsity >= most:
         raise CtxpruneError(
             f"sparsity {config.sparsity:g} cannot be reached at a context of {config.context}: the "
             f"protected tokens leave {most:.2f} at most",
-            "use a longer `--context`, or convert with fewer protected tokens",
+            "use a longer `--max-length`, or convert with fewer protected tokens",
         )
 
 
