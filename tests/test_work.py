@@ -232,15 +232,13 @@ def test_old_names_of_options_are_understood(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    model = ("--model", str(embedded_folder), "--sparsity", "0", "--json", "r.json")
+    model = ("--model", str(embedded_folder), "--sparsity", "0", "--out", "r.json")
     code, _, err = run(monkeypatch, capsys, *model, "--context", "64", "--tokens", "640")
     assert code == 0, err
     results = json.loads(Path("r.json").read_text())
     assert (results["context"], results["levels"][0]["tokens"]) == (64, 630)
     code, _, err = run(monkeypatch, capsys, *model, "--max-length", "64", "--max-tokens", "640")
     assert code == 0 and "already done, kept" in err
-    code, _, err = run(monkeypatch, capsys, *model, "--max-length", "64", "--context", "64")
-    assert code == 2 and "error: `--context` is the old name of `--max-length`" in err
 
 
 def test_tasks_are_listed_as_data(
