@@ -183,7 +183,7 @@ def test_a_log_has_our_lines_alone(
         *("--model", str(embedded_folder), "--tasks", "piqa,gsm8k", "--data-dir", str(task_folder)),
         *("--num-fewshot", "2", "--gen-kwargs", "max_gen_toks=8", "--limit", "2"),
         *("--policy", "sink", "--sparsity", "0,0.5", "--max-tokens", "512"),
-        *("--json", "results.json", "--log-samples", "samples"),
+        *("--out", "results.json", "--log-samples", "samples"),
     ]
     done = subprocess.run(
         [sys.executable, "-m", "ctxprune.cli.main", "eval", *options],
