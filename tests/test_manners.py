@@ -152,7 +152,9 @@ def test_a_mistake_of_the_user_is_no_crash(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "error: this is not so\n\nhint: do that\n"
 
 
-def test_a_shell_completes(tmp_path: Path) -> None:
+def test_a_shell_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Else the shell is found out, and where tests run there may be none.
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     done = ctxprune("--show-completion", "bash", cwd=tmp_path)
     assert "complete" in done.stdout
     asked = {"_CTXPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": "ctxprune ch", "COMP_CWORD": "1"}
