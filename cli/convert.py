@@ -66,6 +66,15 @@ def convert(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    gates_only: Annotated[
+        bool,
+        typer.Option(
+            "--gates-only",
+            help="Take the gates of the adapter, and leave its LoRA out: the weights stay as they "
+            "are. Then calibrate anew: tune --train gates --steps 0.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False,
     dtype: StoredDtype = None,
     force: Force = False,
     trust_remote_code: Annotated[
@@ -89,6 +98,7 @@ def convert(
         out,
         settings(ctx, PruneConfig),
         adapter=adapter or [],
+        gates_only=gates_only,
         force=force,
         trust_remote_code=trust_remote_code,
         dtype=dtype or "auto",

@@ -19,7 +19,7 @@ from ctxprune.recipes import Recipe, Step
 
 # Options of each step beside the fields of its configuration, and those that it cannot do without.
 EXTRA: dict[str, tuple[str, ...]] = {
-    "convert": ("source", "adapter", "trust_remote_code"),
+    "convert": ("source", "adapter", "gates_only", "trust_remote_code"),
     "tune": ("model",),
     "eval": ("model",),
     "export": ("model", "results"),
@@ -194,6 +194,7 @@ class Work:
             self.out / step.name,
             _fields(step),
             adapter=self._adapters(step),
+            gates_only=bool(step.options.get("gates_only", False)),
             force=True,
             trust_remote_code=bool(step.options.get("trust_remote_code", False)),
         )

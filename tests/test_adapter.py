@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_tune import run_config, weights_of
 
+from ctxprune.evals.quality.evaluate import check_reference
 from ctxprune.pruner.checkpoints import adapter
-from ctxprune.pruner.checkpoints.checkpoint import GATES, SETTINGS, load, read_config
+from ctxprune.pruner.checkpoints.checkpoint import GATES, SETTINGS, load, read_config, read_settings
 from ctxprune.pruner.checkpoints.convert import convert
 from ctxprune.pruner.checkpoints.export import export
 from ctxprune.pruner.engine.handle import handle_of
@@ -226,3 +227,33 @@ def test_an_adapter_that_is_not_there_is_one_sentence(
     with pytest.raises(CtxpruneError, match=said) as refusal:
         adapter.find(name)
     assert "\n" not in refusal.value.message
+
+
+def test_the_gates_alone_leave_the_weights_as_they_were(
+    tiny_folder: Make, dense_folder: Make, text_file: Path, tmp_path: Path
+) -> None:
+    """Sparsity 0 is the published model, and a later calibration is all that was tuned."""
+    untuned = tiny_folder("llama")
+    tuned = tune(untuned, tmp_path / "tuned", run_config(text_file, train="lora"))
+    source = str(dense_folder("llama"))
+    alone = convert(source, tmp_path / "alone", {}, adapter=[str(tuned)], gates_only=True)
+    published = load_file(untuned / "model.safetensors")
+    weights = load_file(alone / "model.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in published.items())
+    assert (alone / GATES).read_bytes() == (tuned / GATES).read_bytes()
+    assert "tune" not in read_settings(alone)["provenance"]
+    assert read_settings(alone)["provenance"]["gates_of"]["train"] == "lora"
+    anew = tune(alone, tmp_path / "anew", run_config(text_file, train="gates", steps=0))
+    check_reference(anew, None)
+    with pytest.raises(CtxpruneError, match="weights of this model were trained"):
+        check_reference(tuned, None)
+    again = convert(source, tmp_path / "again", {}, adapter=[str(anew)])
+    assert read_config(again) == read_config(anew)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_the_gates_alone_are_of_one_adapter(count: int, dense_folder: Make, tmp_path: Path) -> None:
+    with pytest.raises(CtxpruneError, match=f"there are {count} adapters"):
+        convert(
+            str(dense_folder("llama")), tmp_path / "out", {}, adapter=["a"] * count, gates_only=True
+        )

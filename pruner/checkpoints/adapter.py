@@ -175,6 +175,13 @@ def read(path: Path) -> Adapter:
     return Adapter(about, _part(tensors, LORA), _part(tensors, GATES), str(path))
 
 
+def gates_alone(adapter: Adapter) -> Adapter:
+    """The same gates without LoRA, for weights that stay as they were published."""
+    provenance = {"gates_of": adapter.about["provenance"].get("tune")}
+    about = {**adapter.about, "lora_rank": 0, "provenance": provenance}
+    return dataclasses.replace(adapter, about=about, lora={})
+
+
 def mean(adapters: Sequence[Adapter]) -> Adapter:
     """The adapter that gives the mean of the weights that several give ("Model soups", arXiv
     2203.05482), as LoRA of the sum of their ranks.

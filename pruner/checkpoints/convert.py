@@ -35,6 +35,7 @@ def convert(
     settings: Mapping[str, Any],
     *,
     adapter: Sequence[str | Path] = (),
+    gates_only: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
     dtype: str = AUTO,
@@ -47,6 +48,7 @@ def convert(
         settings: fields of `PruneConfig` that are given; the others keep their defaults.
         adapter: what `tune` added to this very source, whose settings are then the defaults: a
             file, or a name (`adapter.find`); of several the weights are averaged (`adapter.mean`).
+        gates_only: take the gates of the adapter, and leave its LoRA out.
         trust_remote_code: let a hub repository run its own code.
         dtype: of the weights; `auto`: the source's own, and float32 for .gguf files, as fewer bits
             would not hold what is packed in them.
@@ -58,7 +60,13 @@ def convert(
     checkpoint.refuse_existing(out, force=force)
     where = stored(dtype)
     config = PruneConfig.from_mapping(settings, "the settings")
+    if gates_only and len(adapter) != 1:
+        raise CtxpruneError(
+            f"there are {len(adapter)} adapters to take the gates alone of", "give one `--adapter`"
+        )
     tuned = _adapter(adapter) if adapter else None
+    if tuned is not None and gates_only:
+        tuned = adapters.gates_alone(tuned)
     if tuned is not None:
         adapters.check_changes(settings)
     if source is None:
