@@ -36,4 +36,4 @@ def test_a_path_is_cut_to_its_name(text: str, shared: str) -> None:
 def test_results_have_a_command_without_places(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["/opt/bin/ctxprune", "eval", "--model", "/home/me/my model", "--out", "r.json"]
     monkeypatch.setattr(sys, "argv", arguments)
-    assert provenance()["command"] == "ctxprune eval --model 'my model' --json r.json"
+    assert provenance()["command"] == "ctxprune eval --model 'my model' --out r.json"
