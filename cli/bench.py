@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctxprune.cli.console import check_writable, data, only_data, say, write_text
+from ctxprune.cli.console import check_writable, data, only_data, say, write_json
 from ctxprune.cli.console import out as stdout
 from ctxprune.cli.options import (
     EVICTION,
@@ -200,7 +199,7 @@ def bench(
         else:
             results = _speed(folder, config, plot_file)
         if out is not None:
-            write_text(out, json.dumps(results, indent=2) + "\n")
+            write_json(out, results)
             say(f"wrote {out}")
     if as_json:
         data(results)

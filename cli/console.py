@@ -115,6 +115,11 @@ def check_writable(path: Path) -> None:
         raise CtxpruneError(f"`{path}` cannot be written", "give the path of a new file")
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a result as JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a result file whole or not at all.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import check_writable, data, only_data, say, write_text
+from ctxprune.cli.console import check_writable, data, only_data, say, write_json
 from ctxprune.cli.console import out as stdout
 from ctxprune.cli.options import (
     EVICTION,
@@ -226,7 +225,7 @@ def evaluate(
             folder, config, state=state, fresh=fresh, on_event=say, on_progress=on_progress
         )
         if out is not None:
-            write_text(out, json.dumps(results, indent=2) + "\n")
+            write_json(out, results)
             say(f"wrote {out}")
         for table in rich_tables([results]):
             stdout.print(table)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxprune.cli.console import out as stdout
-from ctxprune.cli.console import say, write_text
+from ctxprune.cli.console import say, write_json, write_text
 from ctxprune.cli.generate import write
 from ctxprune.cli.progress import evaluation_progress, tuning_progress
 from ctxprune.pruner.errors import CtxpruneError, choose
@@ -237,13 +237,13 @@ class Work:
                 on_progress=on_progress,
             )
         self.results[step.name] = results
-        write_text(self.out / f"{step.name}.json", json.dumps(results, indent=2) + "\n")
+        write_json(self.out / f"{step.name}.json", results)
 
     def _report(self, step: Step) -> None:
         from ctxprune.evals.report.report import markdown, plot, rich_tables
 
         chosen = [self.results[name] for name in _results_used(step)]
-        write_text(self.out / f"{step.name}.json", json.dumps(chosen, indent=2) + "\n")
+        write_json(self.out / f"{step.name}.json", chosen)
         write_text(self.out / f"{step.name}.md", markdown(chosen))
         plot(chosen, self.out / f"{step.name}.png")
         for table in rich_tables(chosen):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from ctxprune.pruner.config import ChatConfig
+from ctxprune.pruner.data import by_template, encode
 from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.handle import handle_of
@@ -59,20 +59,13 @@ class ChatTemplate:
         Raises:
             CtxpruneError: the template refuses it.
         """
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [*messages], tokenize=False, add_generation_prompt=ask
-            )
-        except TemplateError as error:
-            raise CtxpruneError(f"the model's chat template refuses this: {error}") from error
-        assert isinstance(text, str)
-        return text
+        return by_template(self._tokenizer, messages, ask=ask)
 
     def _end_of_turn(self) -> int | None:
         """The special token that the template writes behind an answer, if there is one."""
         asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
         _, found, rest = self.render(asked, ask=False).rpartition(ANSWER)
-        ids = self._tokenizer.encode(rest, add_special_tokens=False) if found else []
+        ids = encode(self._tokenizer, rest) if found else []
         special = {*self._tokenizer.all_special_ids}
         special |= {i for i, t in self._tokenizer.added_tokens_decoder.items() if t.special}
         return next((i for i in ids if i in special), None)
@@ -154,7 +147,7 @@ class Conversation:
             self._forget()
         # What was written stays as it is: the rest begins behind it.
         rest = rendered[len(self._text) :]
-        ids = self.ids + self._tokenizer.encode(rest, add_special_tokens=False)
+        ids = self.ids + encode(self._tokenizer, rest)
         new = self._write(ids, on_text, stopped)
         ended = bool(new) and new[-1] in self._template.ends
         # The token that ends an answer was not read; the template brings it with the next message.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -159,10 +159,23 @@ def _written(document: Document, tokenizer: PreTrainedTokenizerBase | None) -> s
             "the text holds conversations, and there is no chat template to write them by",
             "give plain text, or use a model that has one",
         )
+    return by_template(tokenizer, document)
+
+
+def by_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, ask: bool = False
+) -> str:
+    """Messages as a tokenizer's chat template writes them; `ask`: up to where an answer begins.
+
+    Raises:
+        CtxpruneError: the template refuses them.
+    """
     try:
-        return str(tokenizer.apply_chat_template(document, tokenize=False))
+        return str(
+            tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=ask)
+        )
     except Exception as error:  # templates raise whatever they like
-        raise CtxpruneError(f"the chat template refuses a conversation: {error}") from error
+        raise CtxpruneError(f"the model's chat template refuses this: {error}") from error
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> Tensor:

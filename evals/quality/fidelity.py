@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.quality.accuracy import ERROR, VALUES, mean_and_error, refuse_dense, used
 from ctxprune.evals.quality.scoring import last_logits, passes
-from ctxprune.pruner.data import encode
+from ctxprune.pruner.data import by_template, encode
 from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
@@ -108,8 +108,7 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, request: str) -> list[int]:
     if tokenizer.chat_template is None:
         return encode(tokenizer, f"{request}\n\nAnswer:")
     turn = [{"role": "user", "content": request}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return encode(tokenizer, str(text))
+    return encode(tokenizer, by_template(tokenizer, turn, ask=True))
 
 
 def _answers(

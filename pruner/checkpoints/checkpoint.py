@@ -40,7 +40,7 @@ from ctxprune.pruner.checkpoints import hub, interop
 from ctxprune.pruner.config import PruneConfig, check_sparsity
 from ctxprune.pruner.decoder import check_type, decoder_of
 from ctxprune.pruner.device import AUTO, DeviceMap, Place, place
-from ctxprune.pruner.engine.handle import attach, handle_of
+from ctxprune.pruner.engine.handle import attach, handle_of, new_gates
 from ctxprune.pruner.errors import CtxpruneError, first_line
 from ctxprune.pruner.files import unlock
 from ctxprune.pruner.gate import Gate
@@ -248,7 +248,7 @@ def sketch(folder: str | Path) -> PreTrainedModel:
     """
     config = read_config(folder)
     try:
-        about = AutoConfig.from_pretrained(folder)
+        about = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CtxpruneError(
             f"the config.json in `{folder}` cannot be read: {first_line(error)}",
@@ -257,8 +257,7 @@ def sketch(folder: str | Path) -> PreTrainedModel:
     kind: Any = check_type(about)
     with torch.device("meta"):
         model: PreTrainedModel = kind.from_config(about)
-        decoder = decoder_of(model)
-        gates = nn.ModuleList(Gate(decoder.width, config.rank) for _ in decoder.gated)
+        gates = new_gates(model, config)
     attach(model, gates, config)
     return model
 

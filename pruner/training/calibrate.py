@@ -140,12 +140,14 @@ def keep_ratios(
     under the threshold that the windows before it gave, so the last ones under the right one; the
     first is read twice, since none comes before it.
     """
-    scores = _scores(model, windows[0], level, 0.0, len(windows))
+    layers = len(handle_of(model).gates)
+    pairs = _sample(windows.shape[1], SAMPLE // (len(windows) * layers))
+    scores = _scores(model, windows[0], level, 0.0, pairs)
     on_pass()
     threshold = _quantile(scores, level)
     read: list[Tensor] = []
     for window in windows:
-        read.append(_scores(model, window, level, threshold, len(windows)))
+        read.append(_scores(model, window, level, threshold, pairs))
         on_pass()
         threshold = _quantile(torch.cat(read, dim=1), level)
     kept = (torch.cat(read, dim=1) > threshold).double().mean(dim=1)
@@ -154,18 +156,20 @@ def keep_ratios(
 
 @torch.no_grad()
 def _scores(
-    model: PreTrainedModel, window: Tensor, level: float, threshold: float, windows: int
+    model: PreTrainedModel,
+    window: Tensor,
+    level: float,
+    threshold: float,
+    pairs: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """(layers, pairs) scores of some pairs of a window whose tokens leave below a threshold."""
+    """(layers, pairs) scores of a window whose tokens leave below a threshold."""
     handle = handle_of(model)
     soft = SoftAttention(Level(prior(level, len(window)), -threshold), handle.config, hard=True)
     soft.scores = {}
     with handle.running(soft):
         model(window[None].to(input_device(model)), use_cache=False, logits_to_keep=1)
-    pairs = (0, *_sample(len(window), SAMPLE // (windows * len(handle.gates))))
-    return torch.stack([soft.scores[layer].cpu()[pairs] for layer in sorted(soft.scores)]).add_(
-        threshold
-    )
+    some = [soft.scores[layer].cpu()[(0, *pairs)] for layer in sorted(soft.scores)]
+    return torch.stack(some).add_(threshold)
 
 
 def _sample(context: int, count: int) -> tuple[Tensor, Tensor]:
