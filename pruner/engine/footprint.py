@@ -55,7 +55,7 @@ class Heads:
         return New(key, value, query, None)
 
 
-def heads_of(attention: nn.Module, config: Any) -> Heads:
+def heads_of(attention: Any, config: Any) -> Heads:
     """The heads of an attention module, as it or its configuration names them.
 
     Raises:
