@@ -12,7 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ctxprune.pruner.errors import CtxpruneError, first_line
 
@@ -29,6 +37,8 @@ ERROR = "_stderr"
 MOST_BYTES = 64 * 2**20
 # What no measurement comes to, and what would be no figure in a table.
 HUGE = 1e100
+# Of a perplexity, which is exponential, a loss of 700 nats makes no more.
+WORST = 1e305
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Asked = Annotated[float, Field(ge=0.0, lt=1.0)]
 Figure = Annotated[float, Field(ge=-HUGE, le=HUGE)]
@@ -130,6 +140,14 @@ class Scores(Evicted):
             lost = told | lost
         return about | {"figures": figures, "not_finite": lost}
 
+    @field_validator("figures")
+    @classmethod
+    def _errors(cls, figures: dict[str, float]) -> dict[str, float]:
+        negative = [name for name, value in figures.items() if is_error(name) and value < 0]
+        if negative:
+            raise ValueError(f"`{negative[0]:.60}` is negative")
+        return figures
+
 
 class Level(Evicted):
     """What was measured at a level.
@@ -140,8 +158,8 @@ class Level(Evicted):
     """
 
     sparsity_requested: Asked
-    perplexity: Annotated[float, Field(gt=0.0, le=HUGE)]
-    perplexity_stderr: Amount | None = None
+    perplexity: Annotated[float, Field(gt=0.0, le=WORST)]
+    perplexity_stderr: Annotated[float, Field(ge=0.0, le=WORST)] | None = None
     tokens: Count
     tasks: Annotated[dict[Name, Scores], Field(max_length=10_000)]
 
@@ -287,6 +305,11 @@ Results = Evaluation | Benchmark | Training
 _KINDS: dict[type[Results], str] = {Evaluation: EVAL, Benchmark: BENCH, Training: TRAINING}
 
 
+def is_error(figure: str) -> bool:
+    """Whether a figure of a task is the standard error of another."""
+    return figure == "stderr" or figure.partition(",")[0].endswith(ERROR)
+
+
 def kind_of(results: Results) -> str:
     """The command that wrote results."""
     return _KINDS[type(results)]
@@ -368,6 +391,8 @@ def checked(kind: type[Of], content: Any, what: str, hint: str, at: tuple[int, .
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     message = first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] == "less_than_equal":
+        message = "it is too large"  # the bound has hundreds of digits
     place: list[int | str] = [*at]
     inside: Any = content
     for key in first["loc"]:

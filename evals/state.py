@@ -33,28 +33,30 @@ class Finished:
     """A state file: digest of all that a measurement depends on -> its label, result and date.
 
     Args:
-        path: None: nothing is kept on disk. kind: what is read of a result.
+        path: None: nothing is kept on disk.
 
     Raises:
         CtxpruneError: there is something else.
     """
 
-    def __init__(self, path: Path | None, kind: type[Part]) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._kind = kind
         self._all: dict[str, Kept] = {}
         if path is not None and path.exists():
             self._all = checked(dict[str, Kept], load_json(path, AFRESH), self._what, AFRESH)
 
-    def get(self, key: str) -> Kept | None:
+    def get(self, key: str, kind: type[Part]) -> Kept | None:
         """What is kept under a digest, if there is anything.
+
+        Args:
+            kind: what is read of the result.
 
         Raises:
             CtxpruneError: it is damaged.
         """
         found = self._all.get(key)
         if found is not None:
-            checked(self._kind, found.result, self._what, AFRESH)
+            checked(kind, found.result, self._what, AFRESH)
         return found
 
     @property

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html as markup
 import re
-from typing import Any
 
 # Controls (escape sequences begin with one), what turns the direction of all that follows, halves
 # of characters, and what is no character.
@@ -21,8 +20,6 @@ _MARKDOWN = re.compile(r"[\\`*\[\]<>#|~&$]|(?<![^\W_])_|_(?![^\W_])")
 _BEGINS = re.compile(r"^(\d*)([-+=.)])(?=\s|[-=]*$)")
 # Characters of a name in a figure: more have no place there.
 LONGEST = 80
-# Settings of matplotlib under which no text is a formula.
-NO_FORMULA: dict[Any, Any] = {"text.parse_math": False}
 
 
 def terminal(words: str) -> str:
@@ -54,7 +51,7 @@ def html(words: str) -> str:
 
 
 def figure(words: str) -> str:
-    """A label for matplotlib under `NO_FORMULA`; it would leave out one that begins with `_`."""
+    """A label for matplotlib, for which no text is a formula; it would leave out one that begins with `_`."""
     shown = line(words)
     shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
     return f" {shown}" if shown.startswith("_") else shown

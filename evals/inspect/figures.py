@@ -11,6 +11,7 @@ import torch
 
 from ctxprune.evals.inspect.inspection import View
 from ctxprune.evals.inspect.kinds import FEWEST, FORM, SPEECH, Kind, kept_over_context
+from ctxprune.evals.report.charts import drawing
 from ctxprune.pruner import words
 from ctxprune.pruner.files import whole
 
@@ -46,10 +47,8 @@ def draw(views: Sequence[View], folder: Path) -> list[Path]:
         "kinds": _kinds,
         "layers": _layers,
     }
-    from matplotlib import rc_context
-
     written = []
-    with rc_context(words.NO_FORMULA):
+    with drawing():
         for name, figure_of in figures.items():
             figure = figure_of(views)
             if figure is not None:

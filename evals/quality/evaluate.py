@@ -105,7 +105,8 @@ def evaluate(
         `Perplexity` has, its `date`, and `tasks`: name -> what `harness.score` or one of our own
         tasks gives, and `date`. Where the dense model was measured too, `against_dense` has the
         paired difference of each metric that is a mean over the same documents; that of the text
-        is of `nll`, the negative log-likelihood of a token in nats.
+        is of `nll`, the negative log-likelihood of a token in nats. A metric that came to no
+        number is None, and `not_finite` says what it was.
 
     Raises:
         CtxpruneError: for bad input, or a pruned level at which nothing was evicted.
@@ -144,7 +145,7 @@ def evaluate(
             for name, task in loaded.tasks.items()
         },
     }
-    finished = Finished(state, Figures)
+    finished = Finished(state)
     weights = stats(folder.iterdir())
     versions = provenance(*PACKAGES)["versions"]
     evicts_every = 0
@@ -160,7 +161,7 @@ def evaluate(
             keys[level, name] = key = digest(
                 [weights, versions, sources, level, name, decides, _common(config), measure.depends]
             )
-            if fresh or measure.afresh or finished.get(key) is None:
+            if fresh or measure.afresh or finished.get(key, Figures) is None:
                 todo[level, name] = measure
     meter = Meter(model, _plan(model, config, text, todo), on_progress or (lambda progress: None))
     if todo:
@@ -182,7 +183,7 @@ def evaluate(
                 say(f"{label}: `{metric}` came to {was}, which is no figure")
             say(f"{label}: done")
             return finished.put(key, label, result)
-        kept = finished.get(key)
+        kept = finished.get(key, Figures)
         assert kept is not None
         say(f"{label}: already done, kept ({kept.date[:10]})")
         return kept

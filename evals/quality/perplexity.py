@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ctxprune.evals.quality.accuracy import exponential
 from ctxprune.evals.quality.scoring import PASS, texts_a_pass
-from ctxprune.evals.results import HUGE
 from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
@@ -58,7 +56,7 @@ def perplexity(
         prompt: tokens of each window that are read and not scored.
 
     Raises:
-        CtxpruneError: if there is no token to predict, or the outcome is no figure.
+        CtxpruneError: if there is no token to predict.
     """
     count, length = windows.shape
     if count == 0 or length <= prompt:
@@ -73,14 +71,8 @@ def perplexity(
                 nll = cross_entropy(predicted.float(), said, reduction="none")
                 # in double precision: a float32 sum drifts with the number of tokens
                 losses.append(nll.double().mean().item())
-    found = exponential(math.fsum(losses) / count)
-    if not found < HUGE:
-        raise CtxpruneError(
-            f"the perplexity of the text came to {found:g}, which is no figure",
-            "the weights of the model may hold numbers that are not finite",
-        )
     return Perplexity(
-        found,
+        math.exp(math.fsum(losses) / count),
         count * (length - prompt),
         usage.sparsity,
         usage.cache_sparsity,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -33,7 +35,7 @@ MARKERS = "osD^vPX"
 REALISED = "realised sparsity (share of earlier tokens evicted)"
 BY_REQUEST = "sparsity asked for (rows are as many in both protocols)"
 DASHES = ("--", ":", "-.")
-STYLE: dict[Any, Any] = words.NO_FORMULA | {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, and found by a search
     "svg.hashsalt": "ctxprune",  # the same results give the same page
     "font.size": 10.0,
@@ -55,6 +57,20 @@ class Chart:
 
     title: str
     svg: str
+
+
+@contextmanager
+def drawing(style: Mapping[Any, Any] | None = None) -> Iterator[None]:
+    """Draw with matplotlib: no text is a formula, and characters that its font lacks are no matter.
+
+    Args:
+        style: settings of matplotlib beside.
+    """
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False, **(style or {})}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def widen(axes: Axes, values: Sequence[float]) -> None:
@@ -271,11 +287,10 @@ def _colour(number: int, row: BenchRow) -> str:
 
 
 def _chart(title: str, alternative: str, name: str, draw: Callable[[Axes], None]) -> Chart:
-    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
+    with drawing(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         FigureCanvasSVG(figure)  # draws to memory: no display, no global state
         axes = figure.add_subplot()

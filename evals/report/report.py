@@ -10,15 +10,24 @@ from typing import Protocol
 
 from rich.table import Table as RichTable
 
-from ctxprune.evals.report.charts import BY_REQUEST, REALISED, widen
+from ctxprune.evals.report.charts import BY_REQUEST, REALISED, drawing, widen
 from ctxprune.evals.report.merged import Point, out_of_place
 from ctxprune.evals.report.tables import Table, markdown_table, terminal_table
-from ctxprune.evals.results import ERROR, HUGE, LATE, Cell, Evaluation, Evicted, Level, Scores
+from ctxprune.evals.results import (
+    ERROR,
+    HUGE,
+    LATE,
+    Cell,
+    Evaluation,
+    Evicted,
+    Level,
+    Scores,
+    is_error,
+)
 from ctxprune.pruner import words
 
 Results = Sequence[Evaluation]
 
-RETRIEVED = "Accuracy of retrieval by length of the prompt and depth of the fact"
 TASKS = "Tasks"
 TEXT = "Perplexity of the text"
 # What sparsity means, wherever a table says it.
@@ -42,10 +51,10 @@ class Measured(Protocol):
 def markdown(results: Results) -> str:
     """A table of perplexities with a row per model, policy and level, and what was measured.
 
-    Tables of all metrics of tasks, and of the cells of retrieval, follow where there are any.
+    Tables of all metrics of tasks, and of the cells of retrieval and the like, follow.
     """
     parts = [markdown_table(_texts(results)), _note(results)]
-    for table in (_tasks(results), _retrieved(results)):
+    for table in (_tasks(results), *_cells(results)):
         if table.rows:
             parts += [f"{table.title}:", markdown_table(table)]
     return "\n\n".join([*parts, LEGEND]) + "\n"
@@ -53,7 +62,7 @@ def markdown(results: Results) -> str:
 
 def rich_tables(results: Results) -> list[RichTable]:
     """The same tables for a terminal."""
-    others = [table for table in (_tasks(results), _retrieved(results)) if table.rows]
+    others = [table for table in (_tasks(results), *_cells(results)) if table.rows]
     notes = [_note(results), *[""] * len(others)]
     notes[-1] = "; ".join(note for note in (notes[-1], LEGEND) if note)
     pairs = zip([_texts(results), *others], notes, strict=True)
@@ -62,11 +71,10 @@ def rich_tables(results: Results) -> list[RichTable]:
 
 def plot(results: Results, path: Path) -> None:
     """PNG of perplexity over sparsity: a line per policy, dense models as horizontals."""
-    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(words.NO_FORMULA):
+    with drawing():
         figure = Figure(figsize=(7.5, 4.8), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)  # draws to memory: no display, no global state
         axes = figure.add_subplot()
@@ -166,11 +174,7 @@ def _tasks(results: Results) -> Table:
 def metrics_of(measured: Measured) -> list[str]:
     """The metrics that a task gave, all of them, in its order."""
     names = dict.fromkeys((*measured.figures, *measured.not_finite))
-    return [name for name in names if not _is_error(name)]
-
-
-def _is_error(name: str) -> bool:
-    return name == "stderr" or name.partition(",")[0].endswith(ERROR)
+    return [name for name in names if not is_error(name)]
 
 
 def gone(of: Evicted | Point) -> list[str]:
@@ -206,17 +210,19 @@ def _over_dense(level: Level) -> str:
     return f"{factor - 1:+.1%}{error}"
 
 
-def _retrieved(results: Results) -> Table:
-    """The cells of retrieval."""
-    return retrieved(
-        (_subject(result, level, True), level.tasks["retrieval"].cells)
-        for result in results
-        for level in result.levels
-        if "retrieval" in level.tasks
-    )
+def _cells(results: Results) -> list[Table]:
+    """A table of the cells of each task that has some."""
+    found: dict[str, list[tuple[list[str], Sequence[Cell]]]] = {}
+    for result in results:
+        for level in result.levels:
+            for task, scores in level.tasks.items():
+                if scores.cells:
+                    about = _subject(result, level, True)
+                    found.setdefault(task, []).append((about, scores.cells))
+    return [retrieved(task, some) for task, some in found.items()]
 
 
-def retrieved(found: Iterable[tuple[list[str], Sequence[Cell]]]) -> Table:
+def retrieved(task: str, found: Iterable[tuple[list[str], Sequence[Cell]]]) -> Table:
     """A row per subject (model, policy, level) and length; `found` has its cells with each."""
     every = list(found)
     depths = sorted({cell.depth for _, cells in every for cell in cells})
@@ -226,7 +232,8 @@ def retrieved(found: Iterable[tuple[list[str], Sequence[Cell]]]) -> Table:
             acc = {cell.depth: f"{cell.acc:.2f}" for cell in cells if cell.length == length}
             rows.append([*subject, f"{length}", *(acc.get(depth, "") for depth in depths)])
     header = ["model", "policy", "sparsity", "length", *(f"{depth:g}" for depth in depths)]
-    return Table(header, rows, 2, RETRIEVED)
+    title = f"Accuracy of {task} by length of the prompt and depth of the first fact"
+    return Table(header, rows, 2, title)
 
 
 def _heads(several: bool) -> list[str]:

@@ -15,7 +15,6 @@ from ctxprune.evals.report.charts import Chart, accuracy_chart, perplexity_chart
 from ctxprune.evals.report.merged import DENSE, Bench, Merged, Panel, Point, Subject, threads
 from ctxprune.evals.report.report import (
     LEGEND,
-    RETRIEVED,
     gone,
     metrics_of,
     retrieved,
@@ -198,9 +197,9 @@ def _task(panel: Panel, subjects: Sequence[Subject] | None, name: str) -> Part:
     ]
     header = [*ABOUT, *metrics, RUN]
     tables = [Table(header, rows, texts=2, title="Scores by level")]
-    cells = retrieved((_subject(point), point.cells) for point in panel.points if point.cells)
-    if cells.rows:
-        tables.append(Table(cells.header, cells.rows, cells.texts, RETRIEVED))
+    celled = [(_subject(point), point.cells) for point in panel.points if point.cells]
+    if celled:
+        tables.append(retrieved(panel.name, celled))
     chart = accuracy_chart(panel, subjects, name) if subjects else None
     return Part(panel.title, (chart,) if chart else (), tuple(tables), (panel.note(),))
 

@@ -76,7 +76,7 @@ def bench(
         CtxpruneError: for bad input.
     """
     say = on_event or (lambda line: None)
-    finished, keys, rows = Finished(state, Rows), [], []
+    finished, keys, rows = Finished(state), [], []
     for dtype in config.dtype:
         about, found = _measure(folder, config, dtype, finished, say)
         for key, some in found.items():
@@ -127,7 +127,7 @@ def _measure(
     for batch, context in itertools.product(config.batch, config.context):
         label = f"{dtype}, batch {batch}, context {context}"
         key = digest([*common, dtype, batch, context])
-        kept = finished.get(key)
+        kept = finished.get(key, Rows)
         if kept is None:
             ids = prompts(text[context], batch) % handle.decoder.config.vocab_size
             compared = Comparison(model, config, ids, steps, lambda line: say(f"{dtype}, {line}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from ctxprune.evals.report.charts import drawing
 from ctxprune.evals.report.tables import Table, markdown_table
 from ctxprune.evals.results import (
     DYNAMIC,
@@ -36,7 +38,7 @@ PLACE = ["mode", "batch", "context"]
 def rich_table(results: Benchmark) -> Group:
     """The measurements, and under them where the time of a pruned step goes."""
     caption = f"{note(results)}. {_left(results)}".rstrip()
-    return Group(*map(Fitting, tables(results)), Text(caption, style="dim"))
+    return Group(*map(Fitting, tables(results)), Text(words.terminal(caption), style="dim"))
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,12 @@ def plot(results: Benchmark, path: Path) -> None:
 
     A row of panels a dtype and batch size.
     """
-    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = results.rows
     places = list(dict.fromkeys((row.dtype, row.batch) for row in rows))
-    with rc_context(words.NO_FORMULA):
+    with drawing():
         figure = Figure(figsize=(11.0, 1.2 + 3.4 * len(places)), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)  # draws to memory: no display, no global state
         panels = figure.subplots(len(places), len(MEASURES), squeeze=False)
@@ -103,7 +104,10 @@ def plot(results: Benchmark, path: Path) -> None:
                 axes.set_title(f"batch {batch}, {words.figure(dtype)}", fontsize="medium")
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", fontsize="small")
-        figure.suptitle(words.line(note(results)), fontsize="small", wrap=True)
+        title = textwrap.fill(
+            words.line(note(results)), 150
+        )  # matplotlib's wrapping knows formulas
+        figure.suptitle(title, fontsize="small")
         figure.savefig(path, format="png")
 
 
