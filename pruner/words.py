@@ -51,7 +51,7 @@ def html(words: str) -> str:
 
 
 def figure(words: str) -> str:
-    """A label for matplotlib, for which no text is a formula; it would leave out one that begins with `_`."""
+    """A label for matplotlib: no text is a formula, and none begins with `_`, which hides it."""
     shown = line(words)
     shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"
     return f" {shown}" if shown.startswith("_") else shown

@@ -264,7 +264,6 @@ TYPED: list[tuple[tuple[str, ...], str]] = [
     (("eval", "--model", "{}"), "there is no folder"),
     (("eval", "--model", "m", "--policy", "{}"), "unknown policy"),
     (("eval", "--model", "m", "--sparsity", "{}"), "not a list of numbers"),
-    (("eval", "--model", "m", "--text", "{}"), "there is no folder"),
     (("run", "{}"), "unknown recipe"),
     (("run", "{}.yaml"), "does not exist"),
     (("info", "{}"), ""),
