@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import console
 from rich.live import Live
 from rich.text import Text
 
 from ctxprune.pruner.errors import CtxpruneError
-from ctxprune.pruner.files import whole
+from ctxprune.pruner.files import write_text
+
+
+class Console(console.Console):
+    """A console that tells if nobody reads it, where rich ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on raising BrokenPipeError."""
+        raise
+
 
 # In a pipe there is no width to fit: a table keeps its columns whole.
-out = Console(width=None if sys.stdout.isatty() else 160)
+out = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
 # What `--quiet` silences, and what it does not.
 err = Console(stderr=True)
 errors = Console(stderr=True)
@@ -31,7 +41,34 @@ def say(line: str) -> None:
 
 def complain(line: str) -> None:
     """One line of what went wrong; it is printed with `--quiet` too."""
-    errors.print(line, markup=False, highlight=False, soft_wrap=True)
+    with suppress(OSError):  # nobody is there to be told, or nothing can be written
+        errors.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def open_streams() -> None:
+    """See that there are stdin, stdout and stderr, and that any text can be printed.
+
+    Where a command is started without one, the next file that it opens would be taken for it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def mute() -> None:
+    """Print no more on stdout, not even what waits to be printed: it could not be."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def fail(error: CtxpruneError) -> None:
@@ -106,25 +143,6 @@ def live_memory() -> Iterator[Callable[[list[str], list[float]], None]]:
     out.print(legend())
 
 
-def check_writable(path: Path) -> None:
-    """Raise CtxpruneError if a result could not be written there after hours of work."""
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CtxpruneError(f"`{path}` cannot be written", "give the path of a new file")
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a result as JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a result file whole or not at all.
-
-    Raises:
-        CtxpruneError: it cannot be written.
-    """
-    with whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

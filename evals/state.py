@@ -9,15 +9,16 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ctxprune import pruner
 from ctxprune.evals import quality
-from ctxprune.pruner.errors import CtxpruneError
-from ctxprune.pruner.files import whole
+from ctxprune.pruner.errors import CtxpruneError, Interrupted
+from ctxprune.pruner.files import claimed, write_text
 
 PRUNER, QUALITY = (Path(package.__path__[0]) for package in (pruner, quality))
 
@@ -39,10 +40,30 @@ class Finished:
         if path is not None and path.exists():
             try:
                 self._all = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise CtxpruneError(
                     f"`{path}` is not a state file of measurements", "delete it to start afresh"
                 ) from error
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path | None) -> Iterator[Finished]:
+        """A state file that no other process writes in the meantime.
+
+        Raises:
+            CtxpruneError: another process does, it cannot be written, or it is something else.
+            Interrupted: after Ctrl-C or SIGTERM; what was measured is kept.
+        """
+        with nullcontext() if path is None else claimed(path):
+            finished = cls(path)
+            try:
+                yield finished
+            except KeyboardInterrupt as stop:
+                if not finished._all:
+                    raise
+                raise Interrupted(
+                    "interrupted; finished measurements are kept", "repeat the command to go on"
+                ) from stop
 
     def get(self, key: str) -> Kept | None:
         """What is kept under a digest, if there is anything."""
@@ -64,8 +85,7 @@ class Finished:
 
     def _write(self) -> None:
         if self._path is not None:
-            with whole(self._path) as temporary:
-                temporary.write_text(json.dumps(self._all), encoding="utf-8")
+            write_text(self._path, json.dumps(self._all))
 
 
 def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:

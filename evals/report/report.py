@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 from ctxprune.evals.report.charts import BY_REQUEST, REALISED, widen
 from ctxprune.evals.report.merged import LATE, READING, decides, out_of_place
 from ctxprune.evals.report.tables import Table, markdown_table, terminal_table
+from ctxprune.pruner.files import whole
 
 Results = Sequence[dict[str, Any]]
 
@@ -81,7 +82,8 @@ def plot(results: Results, path: Path) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _model(result: dict[str, Any]) -> str:

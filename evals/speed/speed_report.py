@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ctxprune.evals.report.shapes import BREAKDOWN, DYNAMIC, ORACLE, STATIC
 from ctxprune.evals.report.tables import Table, markdown_table
+from ctxprune.pruner.files import whole
 from ctxprune.pruner.savings import MEANING, share_left
 
 Row = dict[str, Any]
@@ -112,7 +113,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     figure.suptitle(note(results), fontsize="small", wrap=True)
-    figure.savefig(path, format="png")
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
