@@ -111,11 +111,22 @@ def _typed() -> Iterator[str]:
 
     while True:
         try:
-            yield input("> ")
+            with _on_ctrl_c(_give_up):
+                line = input("> ")
         except EOFError:
             return
-        except KeyboardInterrupt:
+        except _GivenUp:
             complain("\n/exit or Ctrl-D leaves")
+            continue
+        yield line
+
+
+class _GivenUp(Exception):
+    """Ctrl-C was pressed where a line is typed."""
+
+
+def _give_up(*_: Any) -> None:
+    raise _GivenUp
 
 
 def _obey(line: str, conversation: Conversation) -> bool:
@@ -159,8 +170,14 @@ def _stoppable() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
 
-    before = signal.signal(signal.SIGINT, press)
-    try:
+    with _on_ctrl_c(press):
         yield lambda: pressed
+
+
+@contextmanager
+def _on_ctrl_c(do: Callable[..., None]) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, do)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGINT, before)

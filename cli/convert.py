@@ -9,7 +9,7 @@ import typer
 
 from ctxprune.cli.console import say
 from ctxprune.cli.options import EVICTION, MODEL, Force, Out, StoredDtype, option, settings
-from ctxprune.cli.workspace import set_current
+from ctxprune.cli.workspace import check_notable, set_current
 from ctxprune.pruner.config import PruneConfig
 
 EXAMPLES = """
@@ -93,6 +93,7 @@ def convert(
     from ctxprune.pruner.checkpoints import checkpoint
     from ctxprune.pruner.checkpoints import convert as conversion
 
+    check_notable()
     folder: Path = conversion.convert(
         model,
         out,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import check_writable, data, only_data, say, write_json
+from ctxprune.cli.console import data, only_data, say, write_json
 from ctxprune.cli.console import out as stdout
 from ctxprune.cli.options import (
     EVICTION,
@@ -30,6 +30,7 @@ from ctxprune.cli.options import (
 )
 from ctxprune.cli.progress import evaluation_progress
 from ctxprune.cli.workspace import current
+from ctxprune.pruner.files import check_writable
 from ctxprune.pruner.words import line
 
 EXAMPLES = """
@@ -212,8 +213,9 @@ def evaluate(
     if list_tasks:
         _list(include_path)
         return
-    if out is not None:
-        check_writable(out)
+    for path in (out, log_samples and log_samples / "samples.jsonl"):
+        if path is not None:
+            check_writable(path)
     folder = current(model)
     from ctxprune.evals.config import EvalConfig
     from ctxprune.evals.quality.evaluate import evaluate as run

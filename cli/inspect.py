@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import check_writable, data, legend, only_data, say, shaded, write_text
+from ctxprune.cli.console import data, legend, only_data, say, shaded
 from ctxprune.cli.console import out as stdout
 from ctxprune.cli.options import (
     EVICTION,
@@ -26,6 +26,7 @@ from ctxprune.cli.options import (
 )
 from ctxprune.cli.workspace import current
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.files import check_writable, write_text
 
 EXAMPLES = """
 Examples:
@@ -102,8 +103,9 @@ def inspect(
         raise CtxpruneError(
             "--compare already says the policies and levels", "leave out --policy and --sparsity"
         )
-    if out is not None:
-        check_writable(out)
+    for path in (out, png and png / "life.png", save and save / "1.safetensors"):
+        if path is not None:
+            check_writable(path)
     from ctxprune.evals.inspect.inspection import InspectConfig, Subject, page_data, rich_kinds
     from ctxprune.evals.inspect.inspection import inspect as run
     from ctxprune.evals.inspect.kinds import missing

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ctxprune.cli.console import out as stdout
-from ctxprune.cli.console import say, write_json, write_text
+from ctxprune.cli.console import say, write_json
 from ctxprune.cli.generate import write
 from ctxprune.cli.progress import evaluation_progress, tuning_progress
 from ctxprune.pruner.errors import CtxpruneError, choose
+from ctxprune.pruner.files import beside, remove, write_text
 from ctxprune.recipes import Recipe, Step
 
 # Options of each step beside the fields of its configuration, and those that it cannot do without.
@@ -128,7 +128,7 @@ class Work:
                 f"`{folder}` is there, but no recipe made it", "give another `--out`"
             )
         if before is not None and not before.startswith(stamp):
-            self._remove(self._state(step.name))
+            remove(self._state(step.name))
         write_text(note, f"{stamp} begun\n")
         perform(step)
         write_text(note, f"{stamp} done\n")
@@ -136,10 +136,12 @@ class Work:
     def forget(self, plan: Recipe) -> None:
         """Remove what the steps of a recipe made in this folder, and nothing else."""
         for step in plan.steps:
-            if self._note(step.name).is_file():
-                self._remove(self.out / step.name)
-                self._remove(self._state(step.name))
-                self._note(step.name).unlink()
+            note = self._note(step.name)
+            if note.is_file():
+                write_text(note, "going\n")  # what follows may be cut off: none of it is kept
+                remove(self.out / step.name)
+                remove(self._state(step.name))
+                note.unlink()
         self._eval_state.unlink(missing_ok=True)
 
     @property
@@ -151,12 +153,7 @@ class Work:
 
     def _state(self, name: str) -> Path:
         """Where `tune` keeps the state of an unfinished run."""
-        return self.out / f".{name}.tuning"
-
-    @staticmethod
-    def _remove(folder: Path) -> None:
-        if folder.exists():
-            shutil.rmtree(folder)
+        return beside(self.out / name, ".tuning")
 
     def _stamp(self, step: Step) -> str:
         """Changes with the step's options, with the folders it builds on, and with its results."""

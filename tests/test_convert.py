@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    refuse("no space left", str(dense_folder("gpt2")), tmp_path / "out")
+    refuse("no space is left", str(dense_folder("gpt2")), tmp_path / "out")
 
 
 def test_folders_that_cannot_be_loaded(tiny_folder: Make, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ctxprune.cli.progress import TuningProgress
 from ctxprune.cli.work import Work, check
 from ctxprune.pruner.checkpoints import adapter
 from ctxprune.pruner.checkpoints.checkpoint import GATES, read_config
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, Interrupted
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
@@ -180,7 +180,7 @@ def test_an_interrupted_tune_goes_on(
     plan = recipes.parse("mine", {"steps": [{"name": "tuned", "tune": options}]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ctxprune.pruner.training.tune.calibrate", _stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             Work(tmp_path).do(plan.steps[0])
     assert not (tmp_path / "tuned").exists()
     steps: list[int] = []

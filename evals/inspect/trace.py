@@ -86,10 +86,7 @@ class Trace:
         }
         tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
         with whole(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={"trace": json.dumps(about)})
-            except SafetensorError as error:
-                raise CtxpruneError(f"`{path}` cannot be written: {error}") from error
+            save_file(tensors, temporary, metadata={"trace": json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path) -> Trace:

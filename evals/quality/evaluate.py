@@ -109,9 +109,23 @@ def evaluate(
         number is None, and `not_finite` says what it was.
 
     Raises:
-        CtxpruneError: for bad input, or a pruned level at which nothing was evicted.
+        CtxpruneError: for bad input, a state that another process writes, or a pruned level at
+            which nothing was evicted.
+        Interrupted: after Ctrl-C or SIGTERM; what was measured is kept in the state.
     """
-    say = on_event or (lambda line: None)
+    with Finished.opened(state) as finished:
+        say = on_event or (lambda line: None)
+        return _evaluate(folder, config, finished, fresh, say, on_progress)
+
+
+def _evaluate(
+    folder: Path,
+    config: EvalConfig,
+    finished: Finished,
+    fresh: bool,
+    say: Callable[[str], None],
+    on_progress: Callable[[Progress], None] | None,
+) -> dict[str, Any]:
     check_folder(folder)
     official = _official(config)
     if official:
@@ -145,7 +159,6 @@ def evaluate(
             for name, task in loaded.tasks.items()
         },
     }
-    finished = Finished(state)
     weights = stats(folder.iterdir())
     versions = provenance(*PACKAGES)["versions"]
     evicts_every = 0

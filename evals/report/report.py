@@ -25,6 +25,7 @@ from ctxprune.evals.results import (
     is_error,
 )
 from ctxprune.pruner import words
+from ctxprune.pruner.files import whole
 
 Results = Sequence[Evaluation]
 
@@ -104,7 +105,8 @@ def plot(results: Results, path: Path) -> None:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-        figure.savefig(path)
+        with whole(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def _label(result: Evaluation, results: Results) -> str:

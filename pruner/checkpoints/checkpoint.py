@@ -1,22 +1,17 @@
 """Model folders: a plain Hugging Face folder + `ctxprune.json` + `ctxprune.safetensors`.
 
 `interop` tells what else is in them, for other tools.
-
-Folders are written under a temporary name and renamed, so that none is ever half there.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import errno
 import json
-import os
-import shutil
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -42,7 +37,7 @@ from ctxprune.pruner.decoder import check_type, decoder_of
 from ctxprune.pruner.device import AUTO, DeviceMap, Place, place
 from ctxprune.pruner.engine.handle import attach, handle_of, new_gates
 from ctxprune.pruner.errors import CtxpruneError, first_line
-from ctxprune.pruner.files import unlock
+from ctxprune.pruner.files import check_name, recover, unlock
 from ctxprune.pruner.gate import Gate
 
 SETTINGS = "ctxprune.json"
@@ -52,56 +47,6 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float6
 OWN = (SETTINGS, GATES)
 
 
-@contextmanager
-def staged(out: Path, *, force: bool) -> Iterator[Path]:
-    """Give a temporary folder that becomes `out` if all goes well, and vanishes if not.
-
-    Raises:
-        CtxpruneError: `out` exists and force is not set, or the disk is full.
-    """
-    refuse_existing(out, force=force)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        unlock(path for path in temporary.rglob("*") if path.is_file())
-        if out.exists():
-            old = out.parent / f".{out.name}.{os.getpid()}.old"
-            out.rename(old)
-            temporary.rename(out)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(out)
-    except (OSError, SafetensorError) as error:
-        if is_disk_full(error):
-            raise CtxpruneError(
-                f"no space left to write `{out}`", "free some, or choose another `--out`"
-            ) from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
-            raise CtxpruneError(f"`{out}` cannot be written: {error.strerror}") from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def refuse_existing(out: Path, *, force: bool) -> None:
-    """Raise CtxpruneError if `out` exists, unless `force` and it is a folder."""
-    if out.exists() and not out.is_dir():
-        raise CtxpruneError(f"`{out}` is a file, not a folder", "choose another `--out`")
-    if out.exists() and any(out.iterdir()) and not force:
-        raise CtxpruneError(
-            f"`{out}` exists already", "choose another `--out`, or replace it with `--force`"
-        )
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error of the system or of safetensors says that no space is left."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or (isinstance(error, SafetensorError) and "os error 28" in str(error))
-
-
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """The parsed `ctxprune.json` of a converted folder.
 
@@ -109,6 +54,8 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         CtxpruneError: no such folder, or one that was not converted.
     """
     folder = Path(folder)
+    recover(folder)
+    check_name(folder)
     if not folder.is_dir():
         raise CtxpruneError(
             f"there is no folder `{folder}`", "make one with `ctxprune convert MODEL --out DIR`"
@@ -147,11 +94,16 @@ def write(
     tokenizer: PreTrainedTokenizerBase | None,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write a model folder in place (use inside `staged`)."""
+    """Write a model folder in place (use inside `files.staged`)."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     complete(folder, model, gates, config, provenance)
+
+
+def size(model: nn.Module) -> int:
+    """Bytes that the weights of a model take in a folder."""
+    return sum(each.numel() * each.element_size() for each in model.parameters())
 
 
 def complete(

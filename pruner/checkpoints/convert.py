@@ -27,6 +27,7 @@ from ctxprune.pruner.decoder import check_type
 from ctxprune.pruner.device import AUTO, Place, stored
 from ctxprune.pruner.engine.handle import attach, new_gates
 from ctxprune.pruner.errors import CtxpruneError, first_line
+from ctxprune.pruner.files import check_room, claimed, refuse_existing, staged
 
 
 def convert(
@@ -55,10 +56,25 @@ def convert(
 
     Raises:
         CtxpruneError: missing, damaged or unsupported source, or one whose attention is not what
-            was derived of it (`agreement`); `out` exists; no space left.
+            was derived of it (`agreement`); `out` exists or cannot be written.
     """
-    checkpoint.refuse_existing(out, force=force)
-    where = stored(dtype)
+    with claimed(out):
+        refuse_existing(out, force=force)
+        return _convert(
+            source, out, settings, adapter, gates_only, force, trust_remote_code, stored(dtype)
+        )
+
+
+def _convert(
+    source: str | None,
+    out: Path,
+    settings: Mapping[str, Any],
+    adapter: Sequence[str | Path],
+    gates_only: bool,
+    force: bool,
+    trust_remote_code: bool,
+    where: Place,
+) -> Path:
     config = PruneConfig.from_mapping(settings, "the settings")
     if gates_only and len(adapter) != 1:
         raise CtxpruneError(
@@ -86,8 +102,9 @@ def convert(
     else:
         model, tokenizer = _from_hub(source, where, trust_remote_code=trust_remote_code)
         name, facts = source, facts_of(source)
-    if dtype != AUTO:
+    if where.dtype is not None:
         adapters.check_plain(model)
+    check_room(out, checkpoint.size(model))
     # Of training there is none here, and dropout would differ from pass to pass.
     model.eval()
     provenance = {"base": name, "origin": facts}
@@ -98,7 +115,7 @@ def convert(
         provenance = {**tuned.about["provenance"], **provenance}
     attach(model, gates, config)
     check_agreement(model)
-    with checkpoint.staged(out, force=force) as folder:
+    with staged(out, force=force) as folder:
         checkpoint.write(folder, model, gates, config, tokenizer, provenance)
         if tuned is not None:
             adapters.write(folder / adapters.FILE, tuned, config)
