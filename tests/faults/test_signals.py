@@ -63,7 +63,7 @@ PHASES: list[tuple[tuple[str, ...], str, int]] = [
     (BENCH, LOADING, 1),
     (BENCH, "evals.speed.bench._measure", 1),
     ((*SHOWN, "--out", "made.html"), LOADING, 1),
-    ((*SHOWN, "--out", "made.html"), "evals.inspect.inspection.trace_of", 1),
+    ((*SHOWN, "--out", "made.html"), "evals.inspect.inspection.trace", 1),
     ((*SHOWN, "--out", "made.html"), "evals.inspect.page.render", 1),
     ((*REPORT, "--out", "made.html"), "evals.report.report_page.html", 1),
     (GENERATE, LOADING, 1),
@@ -141,6 +141,8 @@ def test_a_signal_ends_it(
     if command[0] == "report":
         done = ctxprune(*EVAL, "--out", "results.json", cwd=place)
         (place / ".ctxprune" / "eval-state.json").unlink()
+    if command[0] == "chat":
+        (place / "m" / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     if "--force" in command:
         (place / "made").mkdir()
         (place / "made" / "mine").write_text("mine")
