@@ -22,7 +22,7 @@ from ctxprune.evals.quality.evaluate import evaluate
 from ctxprune.evals.quality.perplexity import perplexity
 from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.data import read_texts
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, Interrupted
 
 CONTEXT = 48
 
@@ -179,7 +179,7 @@ def test_finished_measurements_are_not_repeated(
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(evaluate_module, "perplexity", killed_on_second)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         evaluate(folder, config, state=state)
     lines: list[str] = []
     resumed = evaluate(folder, config, state=state, on_event=lines.append)
