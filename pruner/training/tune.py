@@ -43,6 +43,7 @@ from ctxprune.pruner.engine.handle import Handle, handle_of
 from ctxprune.pruner.engine.modes import Off
 from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
 from ctxprune.pruner.errors import CtxpruneError, Interrupted, choose
+from ctxprune.pruner.finite import first_non_finite
 from ctxprune.pruner.rows import ceiling
 from ctxprune.pruner.training.calibrate import TOKENS, calibrate, passes_of
 from ctxprune.pruner.training.local import LocalAttention
@@ -58,6 +59,8 @@ from ctxprune.pruner.training.objective import (
 )
 
 STATE = "state.safetensors"
+# What a run that diverged may be resumed with less of.
+RATES = ("gate_lr", "local_lr", "lr")
 # What attention modules call the dropout of their weights; any other is refused when it is met.
 DROPOUTS = (
     "attention_dropout",
@@ -222,6 +225,8 @@ def tune(
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
     run = _Run(work, folder, config, trainee, optimizer)
     start = run.restore() if resume else 0
+    if run.rates:
+        on_phase(f"going on from step {start} with lower learning rates")
     total_steps = config.total_steps
     if accelerator.is_main_process:
         run.begin(start)
@@ -251,7 +256,8 @@ def tune(
                 accelerator.log(scalars(figures), step=step + 1)
                 if on_step is not None:
                     on_step(figures)
-                if stop.is_set() or (step + 1) % config.save_every == 0 or last:
+                if stop.is_set() or last or _is_due(step + 1, config):
+                    run.check(step, train_windows)
                     run.save(step + 1)
             if last:
                 break
@@ -362,17 +368,14 @@ def _step(
         with accelerator.accumulate(trainee):
             loss, seen = trainee(ids.to(accelerator.device), level, sharpness, alpha, local)
             accelerator.backward(loss)
+            total += float(loss.detach()) / config.accumulate
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trainee.parameters(), 1.0)
+                norm = float(accelerator.clip_grad_norm_(trainee.parameters(), 1.0))
+                if not math.isfinite(total + norm):
+                    raise run.diverged(step, f"its loss is {total:g}, of gradients {norm:g}")
             optimizer.step()
             optimizer.zero_grad()
-        total += float(loss.detach()) / config.accumulate
         figures.update({k: float(v) if isinstance(v, Tensor) else v for k, v in seen.items()})
-    if not math.isfinite(total):
-        raise CtxpruneError(
-            f"the loss is {total} at step {step + 1}: training diverged",
-            "lower `--lr`; the last good state is kept, and `--resume` goes on from it",
-        )
     return {
         "step": step + 1,
         "steps": config.total_steps,
@@ -382,6 +385,11 @@ def _step(
         "alpha": alpha,
         **figures,
     }
+
+
+def _is_due(step: int, config: TuneConfig) -> bool:
+    """Whether the state after a step is saved: it is early on too, when most runs diverge."""
+    return step % config.save_every == 0 or (step < config.save_every and step.bit_count() == 1)
 
 
 def _batch(windows: Tensor, step: int, place: int, config: TuneConfig, processes: int) -> Tensor:
@@ -493,7 +501,8 @@ def _write(
     config = run.config
     provenance = checkpoint.read_settings(run.source).get("provenance", {})
     earlier = [*provenance.get("earlier", []), provenance["tune"]] if "tune" in provenance else []
-    provenance = {**provenance, "tune": _told(config), "earlier": earlier}
+    told = _told(config) | ({"rates_before": run.rates} if run.rates else {})
+    provenance = {**provenance, "tune": told, "earlier": earlier}
     onto = run.source / adapter.FILE if earlier else None
     with checkpoint.staged(out, force=force) as folder:
         # An adapter is for published weights; where all of them were tuned before, none can be.
@@ -534,6 +543,9 @@ class _Run:
         self.optimizer = optimizer
         self.metrics = Metrics(work)
         self.seconds = 0.0  # spent on steps so far
+        self.rates: list[dict[str, float]] = []  # that were higher, up to so many steps
+        self._saved = 0  # steps that the saved state has done
+        self._trainee = trainee
         self._trained = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
 
     def begin(self, step: int) -> None:
@@ -546,18 +558,54 @@ class _Run:
             raise CtxpruneError(f"`{self.work}` cannot be made: {error.strerror}") from error
         self.metrics.begin(step)
 
+    @torch.no_grad()
+    def check(self, step: int, windows: Tensor) -> None:
+        """See that weights and the loss at the level asked for are finite after a step.
+
+        Finite weights may be so large that what follows of them is not.
+
+        Args:
+            step: counted from 0. windows: of the text; the next ones are read.
+
+        Raises:
+            CtxpruneError: training diverged.
+        """
+        broken = first_non_finite(self._trained.items())
+        if broken is not None:
+            raise self.diverged(step, f"`{broken}` holds NaN or infinity")
+        sharpness, alpha = hardening(max(step - self.config.ahead, 0), self.config)
+        ids = _batch(windows, step + 1, 0, self.config, 1)
+        level = self.config.sparsity
+        device = next(self._trainee.parameters()).device
+        loss, _ = self._trainee.eval()(ids.to(device), level, sharpness, alpha)
+        if not torch.isfinite(loss):
+            raise self.diverged(step, f"the loss after it is {float(loss):g}")
+
+    def diverged(self, step: int, what: str) -> CtxpruneError:
+        """The error that says where training diverged, and what is left of it."""
+        rates = "`--local-lr`" if step < self.config.ahead else "`--lr` or `--gate-lr`"
+        kept = f"; the state after step {self._saved} is kept" if self._saved else ""
+        return CtxpruneError(
+            f"training diverged at step {step + 1}: {what}{kept}",
+            f"go on from there with `--resume` and a lower {rates}"
+            if self._saved
+            else f"start again with a lower {rates}",
+        )
+
     def save(self, step: int) -> None:
         """Write parameters and optimizer state, replacing the previous file atomically."""
         tensors = {f"parameter/{n}": p.detach().clone() for n, p in self._trained.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
         about = {"step": str(step), "seconds": str(self.seconds), "run": self._identity()}
+        about["rates"] = json.dumps(self.rates)
         temporary = self.work / f"{STATE}.tmp"
         try:
             save_file(tensors, temporary, metadata=about)
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(self.work / STATE)
+            self._saved = step
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             if checkpoint.is_disk_full(error):
@@ -575,11 +623,8 @@ class _Run:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise CtxpruneError(f"`{path}` is damaged", "start again without `--resume`") from error
-        if about["run"] != self._identity():
-            raise CtxpruneError(
-                "the interrupted run had other settings, so it cannot be resumed with these",
-                "repeat its options exactly, or start again without `--resume`",
-            )
+        self._check_same(json.loads(about["run"]), int(about["step"]))
+        self.rates = json.loads(about.get("rates", "[]")) + self.rates
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(tensors[f"parameter/{name}"])
@@ -591,7 +636,23 @@ class _Run:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.seconds = float(about["seconds"])
-        return int(about["step"])
+        self._saved = int(about["step"])
+        return self._saved
+
+    def _check_same(self, before: dict[str, Any], step: int) -> None:
+        """Raise CtxpruneError unless the interrupted run had these settings, or higher rates."""
+        now = json.loads(self._identity())
+        other = sorted(key for key in now if now[key] != before.get(key))
+        lowered = [key for key in other if key in RATES and now[key] < before.get(key, 0.0)]
+        if other != lowered:
+            raise CtxpruneError(
+                f"the interrupted run had other settings ({', '.join(other)}), so it cannot be "
+                "resumed with these",
+                "repeat its options exactly, but for learning rates, which may be lower; or start "
+                "again without `--resume`",
+            )
+        if lowered:
+            self.rates = [{"steps": step, **{key: before[key] for key in lowered}}]
 
     def _identity(self) -> str:
         """What a resumed run has to share with the interrupted one; its device may differ."""
