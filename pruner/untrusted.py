@@ -23,6 +23,8 @@ OBJECTS = (CONFIG, GENERATION, "tokenizer_config.json", "special_tokens_map.json
 READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
 # Bytes of such an object, and layers of a model, at most: beyond all that exist.
 LARGEST, LAYERS = 1 << 26, 10_000
+# What every model has some of.
+SIZES = ("vocab_size", "hidden_size", "n_embd", "num_attention_heads", "n_head")
 # What `generation_config.json` gives as numbers, and as one token or several.
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "length_penalty")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -134,7 +136,9 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
     for part in parts:
         for name, value in part.items():
             counts = name.startswith(("n_", "num_")) and "layer" in name
-            if counts and isinstance(value, int) and not 0 <= value <= LAYERS:
+            if not isinstance(value, int):
+                continue
+            if (counts and not 0 <= value <= LAYERS) or (name in SIZES and value < 1):
                 raise CtxpruneError(
                     f"`{name}` of `{path}` is {str(value)[:24]}, which no model has",
                     "fetch it again",

@@ -253,9 +253,7 @@ ODD: dict[str, Damage] = {
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("command", ["convert", "generate", "info"])
-def test_an_odd_folder_is_taken(
-    name: str, command: str, folders: Folders, tmp_path: Path
-) -> None:
+def test_an_odd_folder_is_taken(name: str, command: str, folders: Folders, tmp_path: Path) -> None:
     source = folders.plain if command == "convert" else folders.tuned
     padded = [edit(CONFIG, vocab_size=320)] if name == "a padded vocabulary" else []
     model = copied(source, tmp_path / "m", ODD[name], *padded)
