@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctxprune.cli.console import complain, fail, say, stream
+from ctxprune.cli.console import complain, fail, read_lines, say, stream
 from ctxprune.cli.options import (
     TEXT,
     Device,
@@ -95,7 +95,7 @@ def chat(
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         say("; ".join(f"{name}: {what}" for name, what in COMMANDS.items()))
-    for line in _typed() if at_terminal else sys.stdin:
+    for line in _typed() if at_terminal else read_lines():
         try:
             if not _obey(line.strip(), conversation):
                 break

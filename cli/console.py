@@ -102,6 +102,26 @@ def only_data(wanted: bool) -> Iterator[None]:
         yield
 
 
+def read_text() -> str:
+    """What stdin holds.
+
+    Raises:
+        CtxpruneError: it is not UTF-8.
+    """
+    return "".join(read_lines())
+
+
+def read_lines() -> Iterator[str]:
+    """The lines of stdin, as they come; raises as `read_text`."""
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            raise CtxpruneError(
+                f"line {number} of stdin is not UTF-8: {error.reason}", "convert it first"
+            ) from error
+
+
 def data(value: Any, indent: int | None = 2) -> None:
     """A result as JSON on stdout."""
     from ctxprune.evals.results import dumps

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from ctxprune.pruner.config import ChatConfig
@@ -17,6 +18,7 @@ from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.finite import check_numbers
 from ctxprune.pruner.savings import Savings
 
 Message = dict[str, str]
@@ -189,6 +191,7 @@ class Conversation:
                 attention_mask=torch.ones_like(prompt),
                 past_key_values=self._cache,
                 stopping_criteria=StoppingCriteriaList([_Stop(stopped)]),
+                logits_processor=LogitsProcessorList([Numbers()]),
                 **self._template.ending,
                 **options,
             )
@@ -218,6 +221,19 @@ class Streamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Receive words as soon as they are sure."""
         self._on_text(text + "\n" * stream_end)
+
+
+class Numbers(LogitsProcessor):
+    """Ends a text whose next token would be drawn from what is no number."""
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        """The scores (b, vocabulary) as they are.
+
+        Raises:
+            CtxpruneError: some are NaN.
+        """
+        check_numbers(scores, "the model's predictions")
+        return scores
 
 
 class _Stop(StoppingCriteria):

@@ -37,6 +37,8 @@ from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import decoder_of
 from ctxprune.pruner.engine.handle import new_gates
 from ctxprune.pruner.errors import CtxpruneError, first_line
+from ctxprune.pruner.finite import check_finite
+from ctxprune.pruner.untrusted import check_file
 
 FILE = "adapter.ctxprune"
 SUFFIX = ".ctxprune"
@@ -162,8 +164,9 @@ def read(path: Path) -> Adapter:
     """Read an adapter file.
 
     Raises:
-        CtxpruneError: there is none, or it is something else.
+        CtxpruneError: there is none, it is something else, or it holds NaN or infinity.
     """
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["ctxprune"])
@@ -172,6 +175,7 @@ def read(path: Path) -> Adapter:
         raise CtxpruneError(
             f"`{path}` is no adapter of ctxprune", f"give the {FILE} that `ctxprune tune` wrote"
         ) from error
+    check_finite(tensors.items(), str(path))
     return Adapter(about, _part(tensors, LORA), _part(tensors, GATES), str(path))
 
 
