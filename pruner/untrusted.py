@@ -45,6 +45,8 @@ def check_file(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            raise CtxpruneError(f"`{path}` does not exist") from error
         reason = getattr(error, "strerror", None) or str(error)
         raise CtxpruneError(f"`{path}` cannot be read: {reason}") from error
     if not stat.S_ISREG(mode):

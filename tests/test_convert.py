@@ -109,7 +109,7 @@ def test_weights_in_several_files(tmp_path: Path, dense_folder: Make) -> None:
         load(folder)
     refuse(f"lacks `{shards[1].name}`", str(folder), tmp_path / "again")
     (folder / "model.safetensors.index.json").write_text("{")
-    refuse("is damaged", str(folder), tmp_path / "again")
+    refuse("not valid JSON", str(folder), tmp_path / "again")
 
 
 def test_pickles_are_refused(tmp_path: Path, dense_folder: Make) -> None:

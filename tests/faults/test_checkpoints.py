@@ -173,7 +173,7 @@ DAMAGED: dict[str, tuple[Damage, tuple[str, ...], str]] = {
         "beside the weights",
     ),
     # what ours holds
-    "gates: gone": (remove(GATES), USING, "cannot be read"),
+    "gates: gone": (remove(GATES), USING, "does not exist"),
     "gates: empty": (write(GATES, ""), USING, "is damaged"),
     "gates: half": (cut(GATES), ("info", "eval", "generate"), "is damaged"),
     "gates: a pipe": (pipe(GATES), ("info", "eval", "generate"), "is a pipe"),
