@@ -47,7 +47,7 @@ def read_block(
             key, value = page.key[:, :, :stop], page.value[:, :, :stop]
             mask = None if length == 1 else causal(query, key, used)
             if sight is not None:
-                mask = earlier(query, key, used) & in_sight(page, new, sight, stop)
+                mask = earlier(query, key, used) & in_sight(page.position[:, :stop], new, sight)
             return attention(query, key, value, mask, logits)
     used, settled, count, start = torch.tensor(
         [page.used, page.settled, counts, first], device=query.device
@@ -64,7 +64,8 @@ def read_block(
         limit = torch.where(real, slot, 0)
         visible = torch.arange(max(stop, 1), device=query.device) <= limit[:, :, None]
         if sight is not None:
-            visible &= in_sight(page, new, sight, max(stop, 1)) | ~real[:, :, None]
+            seen = in_sight(page.position[:, : max(stop, 1)], new, sight)
+            visible &= seen | ~real[:, :, None]
         key, value = page.key[:, :, : max(stop, 1)], page.value[:, :, : max(stop, 1)]
         return attention(query, key, value, visible, logits)
 
