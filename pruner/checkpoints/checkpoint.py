@@ -269,7 +269,7 @@ def attach_gates(folder: Path, model: PreTrainedModel) -> None:
         CtxpruneError: as `load`.
     """
     config = read_config(folder)
-    attach(model, _load_gates(folder, model, config), config)
+    attach(model, load_gates(folder, model, config), config)
     model.eval()
 
 
@@ -422,7 +422,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def _load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn.ModuleList:
+def load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn.ModuleList:
+    """The gates in a folder, on the CPU.
+
+    Raises:
+        CtxpruneError: missing, damaged, or not those of the model.
+    """
     try:
         tensors = load_file(folder / GATES)
     except (SafetensorError, OSError) as error:
