@@ -1,22 +1,19 @@
-"""Tiny models of each type, and greedy tokens of vLLM and of our own `generate`. One process."""
+"""Tiny models of each type, and the greedy tokens of vLLM, and of our own `generate`."""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import zoo
 
-# Before vLLM is imported: one process, one thread, a small pool, no network.
+# Before vLLM is imported: one process, which stays where it is put, and no network.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -29,22 +26,12 @@ from ctxprune.pruner.engine.handle import new_gates
 from ctxprune.pruner.vllm import ARCHITECTURE
 
 
-@pytest.fixture
-def folder_of(tmp_path: Path) -> Callable[[str], Path]:
-    """Make the folder of a tiny model, whose gates decide by content."""
-
-    def make(kind: str) -> Path:
-        return write(kind, tmp_path / kind)
-
-    return make
-
-
-def write(kind: str, out: Path) -> Path:
-    """The same, at a place."""
+def write(kind: str, out: Path, **settings: int) -> Path:
+    """The folder of a tiny model, whose gates decide by content."""
     configuration = zoo.configuration(kind)
-    for name in ("max_position_embeddings", "n_positions"):
-        if name in configuration.to_dict():
-            setattr(configuration, name, 1024)
+    # GPT-2 has another name for it, and takes this one too.
+    for name, value in {"max_position_embeddings": 1024, **settings}.items():
+        setattr(configuration, name, value)
     model = zoo.filled(configuration).float().eval()
     config = PruneConfig(rank=8, protect_first=2, protect_recent=3, context=256, tuned=0.8)
     gates = new_gates(model, config)
@@ -64,38 +51,45 @@ def prompts(lengths: Sequence[int], vocabulary: int = zoo.VOCABULARY) -> list[li
     return [torch.randint(5, vocabulary, (n,), generator=draw).tolist() for n in lengths]
 
 
-@contextmanager
-def serving(folder: Path, **options: Any) -> Iterator[Callable[..., list[list[int]]]]:
-    """A vLLM of a folder, that evicts unless `hf_overrides` says otherwise.
+class Serving:
+    """A vLLM of a folder in this process, that evicts unless `hf_overrides` says otherwise."""
 
-    Gives a function: what it writes to all prompts at once, so many tokens each, greedily.
-    """
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
+    def __init__(self, folder: Path, **options: Any) -> None:
+        from vllm import LLM
 
-    chosen = {
-        "dtype": "float32",
-        "enforce_eager": True,
-        "hf_overrides": {"architectures": [ARCHITECTURE]},
-        "skip_tokenizer_init": True,
-        **options,
-    }
-    llm: Any = LLM(str(folder), **chosen)
+        chosen = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "hf_overrides": {"architectures": [ARCHITECTURE]},
+            "skip_tokenizer_init": True,
+            "kv_cache_memory_bytes": 2**28,
+            **options,
+        }
+        self.llm: Any = LLM(str(folder), **chosen)
 
-    def write(asked: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        greedy = SamplingParams(
-            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
-        )
-        given = [{"prompt_token_ids": list(ids)} for ids in asked]
-        return [list(each.outputs[0].token_ids) for each in llm.generate(given, greedy)]
+    def __enter__(self) -> Serving:
+        return self
 
-    try:
-        yield write
-    finally:
-        # It takes its processes' group with it, which must not be that of the next one.
-        del llm, write
+    def __exit__(self, *_: object) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        # It takes its group of processes with it, which must not be that of the next one.
+        self.llm = None
         gc.collect()
         cleanup_dist_env_and_memory()
+
+    def write(self, asked: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+        """What it writes to all prompts at once, so many tokens each, greedily."""
+        given = [{"prompt_token_ids": list(ids)} for ids in asked]
+        made = self.llm.generate(given, greedy(tokens), use_tqdm=False)
+        return [list(each.outputs[0].token_ids) for each in made]
+
+
+def greedy(tokens: int) -> Any:
+    """How vLLM is to write so many tokens."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
 
 
 def expected(
