@@ -7,11 +7,13 @@ ARCHITECTURE = "CtxpruneForCausalLM"
 
 
 def register() -> None:
-    """Make vLLM know the architecture that evicts, and what it needs of a configuration."""
+    """Make vLLM know the architecture that evicts, what it may be asked for, and its pages."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    from ctxprune.pruner.vllm import spec
     from ctxprune.pruner.vllm.configuration import Configuration
 
+    spec.register()
     MODELS_CONFIG_MAP[ARCHITECTURE] = Configuration
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")

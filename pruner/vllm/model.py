@@ -25,7 +25,6 @@ from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.gate import gate_dtype
 from ctxprune.pruner.policies import Policy, Request
 from ctxprune.pruner.policies.gate import make
-from ctxprune.pruner.vllm import spec
 from ctxprune.pruner.vllm.configuration import folder_of, settings_of
 from ctxprune.pruner.vllm.layer import PageAttention, exchange
 from ctxprune.pruner.vllm.ranks import RankedGatePolicy
@@ -40,7 +39,6 @@ class CtxpruneForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
-        spec.register()
         config = vllm_config.model_config
         own = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.hf_text_config.model_type]
         self.inner = init_vllm_registered_model(
