@@ -10,7 +10,6 @@ import zoo
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ctxprune.pruner import policies
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import Layer
 from ctxprune.pruner.engine.bounded import Bounded
@@ -106,7 +105,9 @@ def test_any_order_of_passes_gives_what_each_text_gives_alone(case: str, seed: i
             which = [i for i, count in enumerate(part) if count]
             starts = torch.tensor([0, *(part[i] for i in which)]).cumsum(0)
             batch = Batch(
-                starts, torch.tensor([seen[i] for i in which]), torch.tensor([PAGES[i] for i in which])
+                starts,
+                torch.tensor([seen[i] for i in which]),
+                torch.tensor([PAGES[i] for i in which]),
             )
             new = [[text[seen[i] : seen[i] + part[i]] for text in read[i]] for i in which]
             out = pool.attend(batch, *(torch.cat(parts) for parts in zip(*new, strict=True)))

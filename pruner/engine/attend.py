@@ -67,9 +67,10 @@ def static_step(
     with span("eviction"):
         page.write(new, place[0, :, None], place[1, :, None], members)
     with span("attention"):
-        key, value, position = page.front(members, stop)
+        key, value = (page.front(rows, members, stop) for rows in (page.key, page.value))
         visible = torch.arange(key.shape[2], device=key.device) <= place[0, :, None, None]
         if sight is not None:
+            position = page.front(page.position, members, stop)
             visible = visible & in_sight(position, new, sight)
         return attention(query, key, value, visible, logits)
 
@@ -77,8 +78,12 @@ def static_step(
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, logits: Logits
 ) -> Tensor:
-    """`grouped_sdpa` where it computes these logits; else the same, written out."""
-    if logits.plain:
+    """`grouped_sdpa` where it computes these logits; else the same, written out.
+
+    So are single queries of half precision on a CPU: the fused kernel takes twice as long for them.
+    """
+    slow = query.shape[2] == 1 and query.device.type == "cpu" and query.element_size() == 2
+    if logits.plain and not slow:
         return grouped_sdpa(query, key, value, mask, logits.scale)
     if mask is not None and mask.dim() == 3:
         mask = hiding(query, key, mask)

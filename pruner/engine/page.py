@@ -175,13 +175,10 @@ class Page:
         if self.features is not None and new.features is not None:
             _put(self.features, new.features[:, None], wait, members)
 
-    def front(self, members: Tensor | None, stop: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Key, value, position of the first `stop` slots (None: all), views or copies as `held`."""
-        rows = self.key[:, :, :stop], self.value[:, :, :stop], self.position[:, :stop]
-        if members is None:
-            return rows
-        key, value, position = (tensor.index_select(0, members) for tensor in rows)
-        return key, value, position
+    def front(self, tensor: Tensor, members: Tensor | None, stop: int | None) -> Tensor:
+        """The first `stop` slots (None: all) of its key, value or position, as `held` has them."""
+        front = tensor[:, :stop] if tensor.dim() == 2 else tensor[:, :, :stop]
+        return front if members is None else front.index_select(0, members)
 
     def held(self, members: Tensor | None, stop: int) -> Held:
         """The first `stop` slots of all sequences (None), as views, or copies of some."""

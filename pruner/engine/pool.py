@@ -131,8 +131,8 @@ class Pool:
         place = torch.stack([settled + waiting, waiting]).to(query.device)
         bounded = self.sight.bounds(int(seen.max()) + 1)
         # (s, heads, 1, width) each.
-        asked, *pair = (tensor[:, :, None] for tensor in (query, key, value))
-        new = self._new(asked, *pair, hidden[:, None], seen[:, None])
+        asked, key, value = (tensor[:, :, None] for tensor in (query, key, value))
+        new = self._new(asked, key, value, hidden[:, None], seen[:, None])
         out = static_step(
             page,
             new,
@@ -146,10 +146,14 @@ class Pool:
         due = waiting == self._interval - 1
         if due.any():
             members, read, stood = (each[due].tolist() for each in (pages, seen + 1, settled))
-            for page_number, rows in zip(members, stood, strict=True):
-                page.settled[page_number] = rows
-                page.used[page_number] = rows + self._interval
-            self._evict(page, members, read)
+            if len(members) == 1:
+                # Views of its own rows, where those of several have to be copied.
+                alone = page.alone(members[0], stood[0] + self._interval, stood[0])
+                self._evict(alone, [0], read)
+            else:
+                for number, rows in zip(members, stood, strict=True):
+                    page.used[number], page.settled[number] = rows + self._interval, rows
+                self._evict(page, members, read)
         return out[:, :, 0]
 
     def _read(
@@ -162,8 +166,8 @@ class Pool:
         page = self._page.alone(int(batch.pages[i]), settled + waiting, settled)
         position = torch.arange(seen, seen + count)[None]
         # (1, heads, n, width) each.
-        asked, *pair = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-        new = self._new(asked, *pair, hidden[None], position)
+        asked, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        new = self._new(asked, key, value, hidden[None], position)
         sight = self.sight if self.sight.bounds(seen + count + 1) else None
         outputs, start = [], 0
         while start < count:
@@ -204,7 +208,7 @@ class Pool:
     def _new(
         self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, position: Tensor
     ) -> New:
-        """What is written for tokens (b, n), with their positions where some query asks for them."""
+        """What is written for tokens (b, n), with their positions where queries ask for them."""
         features = self.policy.annotate(self.place, hidden)
         asked = query if self.policy.watches else None
         known = None if self.sight.size is None else position.to(key.device)

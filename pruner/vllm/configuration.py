@@ -1,4 +1,4 @@
-"""What a server is asked for: the folder's own settings, those of the command line, and refusals."""
+"""What a server is asked for: settings of the folder and of the command line, and refusals."""
 
 from __future__ import annotations
 

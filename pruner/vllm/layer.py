@@ -28,6 +28,7 @@ class PageAttention(nn.Module, MambaBase):
 
     def __init__(self, pool: Pool, heads: tuple[int, int], size: int, name: str) -> None:
         super().__init__()
+        self.kv_cache: tuple[Tensor, ...] = ()
         self.pool, self.heads, self.size, self.name = pool, heads, size, name
         self._hidden: Tensor | None = None
 
@@ -58,15 +59,14 @@ class PageAttention(nn.Module, MambaBase):
         query_heads, key_heads = self.heads
         # Beyond these there may be padding.
         count = int(batch.starts[-1])
-        out = torch.zeros_like(query)
-        out[:count] = self.pool.attend(
+        out = self.pool.attend(
             batch,
             query[:count].view(count, query_heads, self.size),
             key[:count].view(count, key_heads, self.size),
             value[:count].view(count, key_heads, self.size),
             hidden[:count],
-        ).flatten(1)
-        return out
+        )
+        return nn.functional.pad(out.flatten(1), (0, 0, 0, len(query) - count))
 
     # What vLLM asks a layer with a state of constant size.
 
@@ -103,7 +103,7 @@ class PageAttention(nn.Module, MambaBase):
             CtxpruneError: it has gaps, since the server laid pages of other layers between.
         """
         super().bind_kv_cache(kv_cache)
-        memory = self.kv_cache[0]
+        memory: Tensor = self.kv_cache[0]
         if not memory.is_contiguous():
             raise CtxpruneError(
                 "the pages of a layer have to lie next to each other",

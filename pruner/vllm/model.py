@@ -22,7 +22,7 @@ from ctxprune.pruner.engine.bounded import Bounded
 from ctxprune.pruner.engine.pool import Pool
 from ctxprune.pruner.engine.weights import Logits
 from ctxprune.pruner.errors import CtxpruneError
-from ctxprune.pruner.gate import gate_dtype
+from ctxprune.pruner.gate import Gate, gate_dtype
 from ctxprune.pruner.policies import Policy, Request
 from ctxprune.pruner.policies.gate import make
 from ctxprune.pruner.vllm.configuration import folder_of, settings_of
@@ -47,7 +47,9 @@ class CtxpruneForCausalLM(nn.Module):
         decoder, policy = _evicting(config)
         for attention, name, part in list(_attentions(self.inner)):
             layer = next(
-                layer for layer in decoder.layers if layer.index == extract_layer_index(part.layer_name)
+                layer
+                for layer in decoder.layers
+                if layer.index == extract_layer_index(part.layer_name)
             )
             pool = _pool(part, layer, policy, decoder.width, config.max_model_len)
             heads = part.num_heads, part.num_kv_heads
@@ -91,15 +93,13 @@ def _evicting(model_config: Any) -> tuple[Decoder, Policy]:
         settings.level(config),
         (config.context if settings.context is None else settings.context,),
         config,
-        list(gates),
+        [gate for gate in gates if isinstance(gate, Gate)],
         settings.cap(config),
     )
     policy = make(request)
     ranks = get_tensor_model_parallel_world_size()
     if ranks > 1:
-        policy = RankedGatePolicy(
-            policy.gates, config, policy.rows, tensor_model_parallel_all_reduce, ranks
-        )
+        policy = RankedGatePolicy(policy, tensor_model_parallel_all_reduce, ranks)
     return decoder_of(model), policy
 
 

@@ -1,37 +1,28 @@
 """The gate's policy where the heads of a layer are spread over several devices.
 
-Each rank has the scores of all heads before it chooses, so that all of them drop the same rows.
+Each rank has what all heads tell before it chooses, so that all of them drop the same rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
-from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.engine.page import Queries
-from ctxprune.pruner.gate import Gate
 from ctxprune.pruner.policies.gate import GatePolicy
-from ctxprune.pruner.rows import Rows
 
 
 class RankedGatePolicy(GatePolicy):
     """The same, with what its own heads tell added up over all ranks, at eviction steps alone.
 
     Args:
-        total: the sum of a tensor over the ranks. ranks: how many there are.
+        alone: the policy of one rank. total: the sum of a tensor over all of them, `ranks` many.
     """
 
-    def __init__(
-        self,
-        gates: Sequence[Gate],
-        config: PruneConfig,
-        rows: Rows,
-        total: Callable[[Tensor], Tensor],
-        ranks: int,
-    ) -> None:
-        super().__init__(gates, config, rows)
+    def __init__(self, alone: GatePolicy, total: Callable[[Tensor], Tensor], ranks: int) -> None:
+        assert alone.rows is not None
+        super().__init__(alone.gates, alone.config, alone.rows)
         self._total, self._ranks = total, ranks
 
     def received(self, queries: Queries) -> Tensor:

@@ -27,6 +27,4 @@ class PageSpec(MambaSpec):
 def register() -> None:
     """Tell vLLM who hands pages out: one a request, for as long as it lasts."""
     KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(
-        PageSpec, CircularBufferManager, uniform_type_base_spec=PageSpec
-    )
+    KVCacheSpecRegistry.register(PageSpec, CircularBufferManager, uniform_type_base_spec=PageSpec)

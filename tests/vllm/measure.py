@@ -1,6 +1,6 @@
 """The figures of docs/results/vllm.md: vLLM dense and evicting, one after the other, in one run.
 
-    python tests/vllm/measure.py FOLDER TEXT.jsonl.gz equality decoding clients
+python tests/vllm/measure.py FOLDER TEXT.jsonl.gz equality decoding clients
 """
 
 from __future__ import annotations
