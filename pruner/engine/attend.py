@@ -78,12 +78,8 @@ def static_step(
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, logits: Logits
 ) -> Tensor:
-    """`grouped_sdpa` where it computes these logits; else the same, written out.
-
-    So are single queries of half precision on a CPU: the fused kernel takes twice as long for them.
-    """
-    slow = query.shape[2] == 1 and query.device.type == "cpu" and query.element_size() == 2
-    if logits.plain and not slow:
+    """`grouped_sdpa` where it computes these logits; else the same, written out."""
+    if logits.plain:
         return grouped_sdpa(query, key, value, mask, logits.scale)
     if mask is not None and mask.dim() == 3:
         mask = hiding(query, key, mask)

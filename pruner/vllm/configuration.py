@@ -127,6 +127,9 @@ class Configuration(VerifyAndUpdateConfig):
         if cache.enable_prefix_caching:
             logger.info("Prefix caching is off: what a page holds depends on all that was read.")
             cache.enable_prefix_caching = False
+        if not model.enforce_eager:
+            logger.info("torch.compile and CUDA graphs are off: eviction steps are no fixed graph.")
+            model.enforce_eager = True
 
 
 def _names(dtype: object) -> tuple[str, ...]:

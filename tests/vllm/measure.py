@@ -45,13 +45,14 @@ def clients(folder: Path, texts: list[list[int]]) -> dict[str, Any]:
 
 
 def both(folder: Path, asked: list[list[int]], tokens: int, memory: int) -> dict[str, Any]:
-    """Dense, and evicting, in bfloat16 and so many bytes."""
+    """Dense, and evicting at 0.8 of such a text, in bfloat16 and so many bytes."""
     longest = len(asked[0]) + tokens
+    evicting = {"architectures": [engines.ARCHITECTURE], "ctxprune": {"context": longest}}
     options: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_memory_bytes": memory}
     options |= {"max_model_len": longest, "max_num_batched_tokens": 2048}
     found: dict[str, Any] = {}
-    for name, own in {"dense": {"hf_overrides": {}}, "evicting": {}}.items():
-        with engines.Serving(folder, **options, **own) as server:
+    for name, overrides in {"dense": {}, "evicting": evicting}.items():
+        with engines.Serving(folder, hf_overrides=overrides, **options) as server:
             blocks = server.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
             each = 1 if name == "evicting" else -(-longest // BLOCK)
             found[name] = {

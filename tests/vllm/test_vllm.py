@@ -106,7 +106,7 @@ def server(folder: Path, *options: str) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", "m", "--port", str(port), "--host", "127.0.0.1", *options]
-    command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(2**28)]
+    command += ["--dtype", "float32", "--kv-cache-memory-bytes", str(2**28)]
     address = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(command, env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     try:
@@ -133,8 +133,9 @@ def completion(address: str, prompt: str) -> str:
     return text
 
 
-def test_nine_clients_of_the_openai_server_have_three_pages(embedded_folder: Path) -> None:
-    """The embedded checkpoint has levels of its own only once it is tuned; a cap evicts before."""
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_nine_clients_of_the_openai_server(replicas: int, embedded_folder: Path) -> None:
+    """A replica has three pages. The embedded checkpoint has levels of its own only once it is tuned; a cap evicts before."""
     tokenizer, model = load_tokenizer(embedded_folder), load(embedded_folder, max_rows=64)
     story = "The captain walked slowly along the empty shore and counted the boats. "
     prompts = [f"Chapter {n}. " + story * (1 + n % 4 * 3) for n in range(9)]
@@ -145,6 +146,7 @@ def test_nine_clients_of_the_openai_server_have_three_pages(embedded_folder: Pat
         expected.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     overrides = json.dumps({**EVICTING, "ctxprune": {"max_rows": 64}})
     options = ["--num-gpu-blocks-override", "4", "--max-num-batched-tokens", "256"]
+    options += ["--data-parallel-size", str(replicas)]
     with (
         server(embedded_folder, "--hf-overrides", overrides, *options) as address,
         ThreadPoolExecutor(len(prompts)) as clients,
