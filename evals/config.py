@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxprune.evals.quality import fidelity, last_word, retrieval
-from ctxprune.evals.report.shapes import MODES, ORACLE, PRUNED
+from ctxprune.evals.results import MODES, ORACLE, PRUNED
 from ctxprune.pruner.config import PROTOCOLS, FromMapping, check_at_least, check_sparsity
 from ctxprune.pruner.device import AUTO, place
 from ctxprune.pruner.errors import CtxpruneError, choose

@@ -41,8 +41,8 @@ def step(page: Page, new: New, query: Tensor, logits: Logits, sight: Sight | Non
     with span("eviction"):
         page.write(new, count, count - page.settled[0])
     with span("attention"):
-        key, value = page.key[:, :, : count + 1], page.value[:, :, : count + 1]
-        visible = None if sight is None else in_sight(page.position[:, : count + 1], new, sight)
+        key, value = page.rows(count + 1)
+        visible = None if sight is None else in_sight(page, new, sight, count + 1)
         return attention(query, key, value, visible, logits)
 
 
@@ -67,11 +67,10 @@ def static_step(
     with span("eviction"):
         page.write(new, place[0, :, None], place[1, :, None], members)
     with span("attention"):
-        key, value = (page.front(rows, members, stop) for rows in (page.key, page.value))
+        key, value = page.rows(stop, members)
         visible = torch.arange(key.shape[2], device=key.device) <= place[0, :, None, None]
         if sight is not None:
-            position = page.front(page.position, members, stop)
-            visible = visible & in_sight(position, new, sight)
+            visible = visible & in_sight(page, new, sight, stop, members)
         return attention(query, key, value, visible, logits)
 
 
@@ -86,9 +85,14 @@ def attention(
     return weighted(softmax_weights(query, key, mask, logits), value, query)
 
 
-def in_sight(position: Tensor, new: New, sight: Sight) -> Tensor:
-    """(b, q, r) bool: what new tokens may see of the rows at positions (b, r)."""
+def in_sight(
+    page: Page, new: New, sight: Sight, stop: int | None, members: Tensor | None = None
+) -> Tensor:
+    """(b, q, r) bool: what new tokens may see of the first `stop` slots, by their positions."""
     assert new.position is not None
+    position = page.position[:, :stop]
+    if members is not None:
+        position = position.index_select(0, members)
     return sight.sees(new.position[:, :, None], position[:, None])
 
 

@@ -44,10 +44,10 @@ def read_block(
             page.write(new, used, used - page.settled[0])
         with span("attention"):
             stop = used + length
-            key, value = page.key[:, :, :stop], page.value[:, :, :stop]
+            key, value = page.rows(stop)
             mask = None if length == 1 else causal(query, key, used)
             if sight is not None:
-                mask = earlier(query, key, used) & in_sight(page.position[:, :stop], new, sight)
+                mask = earlier(query, key, used) & in_sight(page, new, sight, stop)
             return attention(query, key, value, mask, logits)
     used, settled, count, start = torch.tensor(
         [page.used, page.settled, counts, first], device=query.device
@@ -64,9 +64,8 @@ def read_block(
         limit = torch.where(real, slot, 0)
         visible = torch.arange(max(stop, 1), device=query.device) <= limit[:, :, None]
         if sight is not None:
-            seen = in_sight(page.position[:, : max(stop, 1)], new, sight)
-            visible &= seen | ~real[:, :, None]
-        key, value = page.key[:, :, : max(stop, 1)], page.value[:, :, : max(stop, 1)]
+            visible &= in_sight(page, new, sight, max(stop, 1)) | ~real[:, :, None]
+        key, value = page.rows(max(stop, 1))
         return attention(query, key, value, visible, logits)
 
 

@@ -135,7 +135,7 @@ def completion(address: str, prompt: str) -> str:
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_nine_clients_of_the_openai_server(replicas: int, embedded_folder: Path) -> None:
-    """A replica has three pages. The embedded checkpoint has levels of its own only once it is tuned; a cap evicts before."""
+    """A replica has three pages. Before it is tuned a checkpoint has no levels, but takes a cap."""
     tokenizer, model = load_tokenizer(embedded_folder), load(embedded_folder, max_rows=64)
     story = "The captain walked slowly along the empty shore and counted the boats. "
     prompts = [f"Chapter {n}. " + story * (1 + n % 4 * 3) for n in range(9)]
