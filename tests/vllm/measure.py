@@ -45,22 +45,30 @@ def clients(folder: Path, texts: list[list[int]]) -> dict[str, Any]:
 
 
 def both(folder: Path, asked: list[list[int]], tokens: int, memory: int) -> dict[str, Any]:
-    """Dense, and evicting at 0.8 of such a text, in bfloat16 and so many bytes."""
+    """Dense, and evicting, in bfloat16 and so many bytes.
+
+    The folder's sparsity is met on texts as long as those of tuning, or as long as these.
+    """
     longest = len(asked[0]) + tokens
-    evicting = {"architectures": [engines.ARCHITECTURE], "ctxprune": {"context": longest}}
     options: dict[str, Any] = {"dtype": "bfloat16", "kv_cache_memory_bytes": memory}
     options |= {"max_model_len": longest, "max_num_batched_tokens": 2048}
+    evicting = {"architectures": [engines.ARCHITECTURE]}
+    modes: dict[str, dict[str, Any]] = {
+        "dense": {},
+        "evicting": evicting,
+        "evicting, by this length": {**evicting, "ctxprune": {"context": longest}},
+    }
     found: dict[str, Any] = {}
-    for name, overrides in {"dense": {}, "evicting": evicting}.items():
+    for name, overrides in modes.items():
         with engines.Serving(folder, hf_overrides=overrides, **options) as server:
             blocks = server.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-            each = 1 if name == "evicting" else -(-longest // BLOCK)
+            each = 1 if overrides else -(-longest // BLOCK)
             found[name] = {
                 "kv_bytes": memory // blocks * each,
                 "requests": (blocks - 1) // each,
                 **timed(server, asked, tokens),
             }
-        print(name, found[name], file=sys.stderr)
+        print(name, found[name], file=sys.stderr, flush=True)
     return found
 
 
