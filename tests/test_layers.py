@@ -14,17 +14,20 @@ ALLOWED = {
 }
 
 
-def imported_packages(source: str) -> set[str]:
-    """The packages of ours that a module imports, wherever in it."""
+def imported(source: str) -> set[str]:
+    """What a module imports, wherever in it, by full names."""
     found = set()
     for node in ast.walk(ast.parse(source)):
-        names = []
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("ctxprune.")}
+            found |= {alias.name for alias in node.names}
     return found
+
+
+def imported_packages(source: str) -> set[str]:
+    """The packages of ours among that."""
+    return {name.split(".")[1] for name in imported(source) if name.startswith("ctxprune.")}
 
 
 def test_imports_point_one_way() -> None:
@@ -33,6 +36,16 @@ def test_imports_point_one_way() -> None:
         assert modules
         for module in modules:
             assert imported_packages(module.read_text()) <= allowed, module
+
+
+def test_vllm_is_imported_by_its_plugin_alone_and_the_plugin_by_nobody() -> None:
+    importing = set()
+    for package in ALLOWED:
+        for module in (ROOT / package).rglob("*.py"):
+            names = imported(module.read_text())
+            if any(f"{name}.".startswith(("vllm.", "ctxprune.pruner.vllm.")) for name in names):
+                importing.add(module.parent.relative_to(ROOT))
+    assert importing == {Path("pruner/vllm")}
 
 
 def test_a_planted_import_is_found() -> None:

@@ -273,7 +273,7 @@ def attach_gates(folder: Path, model: PreTrainedModel) -> None:
         CtxpruneError: as `load`.
     """
     config = read_config(folder)
-    attach(model, _load_gates(folder, model, config), config)
+    attach(model, load_gates(folder, model, config), config)
     model.eval()
 
 
@@ -467,7 +467,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, source: str)
         )
 
 
-def _load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn.ModuleList:
+def load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn.ModuleList:
+    """The gates in a folder, on the CPU.
+
+    Raises:
+        CtxpruneError: missing, damaged, or not those of the model.
+    """
     file = folder / GATES
     check_file(file)
     with translated(f"`{file}` is damaged", "convert again"):
