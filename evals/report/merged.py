@@ -16,7 +16,11 @@ READING, LATE = "reading", "prompt"
 # Policies whose papers evict at the end of a prompt that was read whole.
 OWN_LATE = ("h2o", "knorm", "snapkv", "tova")
 # Tasks that are made of the text of the evaluation: on another text they are other tasks.
-OF_TEXT = ("fidelity", "retrieval", "last_word")
+OF_TEXT = (
+    "fidelity",
+    *("retrieval", "multi_key", "multi_value", "variable_tracking", "counting"),
+    *("conversation", "last_word"),
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Point:
         requested, sparsity: asked for, and realised on this text or task.
         figures: by name: `perplexity`, `cache_sparsity`, or what a task gives.
         run: the number of the run that measured it, the first one if several agree.
-        cells: of retrieval: `length`, `depth` and `acc`.
+        cells: of a long-context task: `length`, `depth` and `acc`.
     """
 
     subject: Subject

@@ -16,7 +16,6 @@ from ctxprune.evals.report.tables import Table, markdown_table, terminal_table
 
 Results = Sequence[dict[str, Any]]
 
-RETRIEVED = "Accuracy of retrieval by length of the prompt and depth of the fact"
 TASKS = "Tasks"
 TEXT = "Perplexity of the text"
 # What sparsity means, wherever a table says it.
@@ -33,10 +32,10 @@ _ERROR = "_stderr"
 def markdown(results: Results) -> str:
     """A table of perplexities with a row per model, policy and level, and what was measured.
 
-    Tables of all metrics of tasks, and of the cells of retrieval, follow where there are any.
+    Tables of all metrics of tasks, and of the cells of each long-context task, follow.
     """
     parts = [markdown_table(_texts(results)), _note(results)]
-    for table in (_tasks(results), _retrieved(results)):
+    for table in (_tasks(results), *_cells(results)):
         if table.rows:
             parts += [f"{table.title}:", markdown_table(table)]
     return "\n\n".join([*parts, LEGEND]) + "\n"
@@ -44,7 +43,7 @@ def markdown(results: Results) -> str:
 
 def rich_tables(results: Results) -> list[RichTable]:
     """The same tables for a terminal."""
-    others = [table for table in (_tasks(results), _retrieved(results)) if table.rows]
+    others = [table for table in (_tasks(results), *_cells(results)) if table.rows]
     notes = [_note(results), *[""] * len(others)]
     notes[-1] = "; ".join(note for note in (notes[-1], LEGEND) if note)
     pairs = zip([_texts(results), *others], notes, strict=True)
@@ -212,17 +211,19 @@ def _over_dense(level: Mapping[str, Any]) -> str:
     return f"{factor - 1:+.1%}{error}"
 
 
-def _retrieved(results: Results) -> Table:
-    """The cells of retrieval."""
-    return retrieved(
-        (_subject(result, level, True), level["tasks"]["retrieval"]["cells"])
-        for result in results
-        for level in result["levels"]
-        if "retrieval" in level["tasks"]
-    )
+def _cells(results: Results) -> list[Table]:
+    """A table of the cells of each long-context task."""
+    found: dict[str, list[tuple[list[str], Sequence[dict[str, Any]]]]] = {}
+    for result in results:
+        for level in result["levels"]:
+            for task, scores in level["tasks"].items():
+                if "cells" in scores:
+                    about = _subject(result, level, True), scores["cells"]
+                    found.setdefault(task, []).append(about)
+    return [retrieved(task, some) for task, some in found.items()]
 
 
-def retrieved(found: Iterable[tuple[list[str], Sequence[dict[str, Any]]]]) -> Table:
+def retrieved(task: str, found: Iterable[tuple[list[str], Sequence[dict[str, Any]]]]) -> Table:
     """A row per subject (model, policy, level) and length; `found` has its cells with each."""
     every = list(found)
     depths = sorted({cell["depth"] for _, cells in every for cell in cells})
@@ -234,7 +235,8 @@ def retrieved(found: Iterable[tuple[list[str], Sequence[dict[str, Any]]]]) -> Ta
             }
             rows.append([*subject, f"{length}", *(acc.get(depth, "") for depth in depths)])
     header = ["model", "policy", "sparsity", "length", *(f"{depth:g}" for depth in depths)]
-    return Table(header, rows, 2, RETRIEVED)
+    title = f"Accuracy of {task} by length of the prompt and depth of the first fact"
+    return Table(header, rows, 2, title)
 
 
 def _heads(several: bool) -> list[str]:

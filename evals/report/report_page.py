@@ -17,7 +17,6 @@ from ctxprune.evals.report.charts import Chart, accuracy_chart, perplexity_chart
 from ctxprune.evals.report.merged import DENSE, Bench, Merged, Panel, Point, Run, Subject, threads
 from ctxprune.evals.report.report import (
     LEGEND,
-    RETRIEVED,
     decider,
     gone,
     metrics_of,
@@ -196,9 +195,10 @@ def _task(panel: Panel, subjects: Sequence[Subject] | None, name: str) -> Part:
     ]
     header = [*ABOUT, *metrics, RUN]
     tables = [Table(header, rows, texts=2, title="Scores by level")]
-    cells = retrieved((_subject(point), point.cells) for point in panel.points if point.cells)
+    found = ((_subject(point), point.cells) for point in panel.points if point.cells)
+    cells = retrieved(panel.name, found)
     if cells.rows:
-        tables.append(Table(cells.header, cells.rows, cells.texts, RETRIEVED))
+        tables.append(cells)
     chart = accuracy_chart(panel, subjects, name) if subjects else None
     return Part(panel.title, (chart,) if chart else (), tuple(tables), (panel.note(),))
 
