@@ -30,9 +30,11 @@ LIMIT = 16
 # Turns between telling and asking. Fact k is told in turn k and asked in turn k + distance: no two
 # are asked in the same turn, since k and the distance that belongs to it make every remainder of 3.
 DISTANCES = (10, 1, 4)
-FACTS = len(NAMES)
+FACTS = 6
 ASKED = {fact + DISTANCES[fact % len(DISTANCES)]: fact for fact in range(FACTS)}
 TURNS = max(ASKED) + 1
+# Candidates of an answer: what was told, and words that were not.
+CHOICES = 10
 # Tokens of text that the user shows in a turn.
 SHOWN = 64
 MEBIBYTE = 2**20
@@ -77,7 +79,7 @@ def dialogues(
             a single token.
     """
     ChatTemplate(model, tokenizer)
-    tokens = single_tokens(NAME, tokenizer, WORDS, FACTS)
+    tokens = single_tokens(NAME, tokenizer, WORDS, FACTS + CHOICES - 1)
     documents = [encode(tokenizer, text) for text in texts]
     starts = [max(len(document) - TURNS * SHOWN + 1, 0) for document in documents]
     if not any(starts):
@@ -113,7 +115,7 @@ def _dialogue(
     """One conversation."""
     names = draw.sample(NAMES, FACTS)
     values = draw.sample(sorted(tokens), FACTS)
-    choices = tuple(tokens[value] for value in draw.sample(values, FACTS))
+    others = [word for word in sorted(tokens) if word not in values]
     turns = []
     for number, text in enumerate(shown):
         told = ""
@@ -125,6 +127,8 @@ def _dialogue(
         fact = ASKED[number]
         before = f"The password of {names[fact]} is"
         answer = f"{before} {values[fact]}."
+        among = [values[fact], *draw.sample(others, CHOICES - 1)]
+        choices = tuple(tokens[value] for value in draw.sample(among, CHOICES))
         at, right = len(encode(tokenizer, before)), tokens[values[fact]]
         said = f"{text}{told}\n\nWhat is the password of {names[fact]}?"
         turns.append(Turn(said, answer, number - fact, at, choices, right))
@@ -202,4 +206,4 @@ def score(
             figures[metric + ERROR] = error
         figures[VALUES][metric] = of_distance
     mib = size / len(asked) / MEBIBYTE
-    return {**figures, "cache_mib": mib, "chance": 1 / FACTS}
+    return {**figures, "cache_mib": mib, "chance": 1 / CHOICES}

@@ -24,9 +24,9 @@ from ctxprune.pruner.errors import CtxpruneError
 LENGTHS = (1024, 2048, 4096)
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 PER_CELL = 10
-# Candidates of `retrieval` and of `multi_value`, keys and values that these hide, chains of
-# variables and the links of each, and the most often that a marker occurs.
-CHOICES, KEYS, VALUES_OF_A_KEY, CHAINS, LINKS, MOST = 10, 8, 3, 4, 3, 8
+# Candidates of `retrieval` and of `multi_value`, keys and values that are hidden, and chains of
+# variables and the links of each.
+CHOICES, KEYS, VALUES_OF_A_KEY, CHAINS, LINKS = 10, 8, 3, 4, 3
 
 NAMES = (
     *("Margaret", "Thomas", "Helen", "Edward", "Clara", "Henry"),
@@ -194,7 +194,7 @@ TASKS = {
     "multi_key": Task(_multi_key, VALUES, KEYS),
     "multi_value": Task(_multi_value, VALUES, CHOICES),
     "variable_tracking": Task(_variable_tracking, VALUES, CHAINS),
-    "counting": Task(_counting, NUMBERS, MOST),
+    "counting": Task(_counting, NUMBERS, 4),
 }
 
 
@@ -348,7 +348,7 @@ def score(
             cells.setdefault((len(prompt.ids), prompt.depth), []).append(all(hits))
     return {
         **accuracy(name, [hit for hits in cells.values() for hit in hits], usage, sparsity),
-        "chance": sum(prompt.chance for prompt in questions) / len(questions),
+        "chance": math.fsum(prompt.chance for prompt in questions) / len(questions),
         "cells": [
             {"length": length, "depth": depth, "acc": sum(hits) / len(hits), "n": len(hits)}
             for (length, depth), hits in cells.items()
