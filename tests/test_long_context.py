@@ -397,8 +397,8 @@ def test_a_count_is_that_of_the_markers_that_are_left(words: PreTrainedTokenizer
     known = {n: ids[0] for n, ids in enumerate(numbers, start=1) if len(ids) == 1}
     *_, last = made[0].ids
     assert all(prompt.ids.count(last) == 1 for prompt in made)
-    plain = {*encode(words, PLAIN)}
-    marker = next(i for i in encode(words, MARKER) if i not in plain)
+    plain, sentence = {*encode(words, PLAIN)}, encode(words, MARKER)
+    marker = next(i for i in sentence if i not in plain and sentence.count(i) == 1)
     asked = encode(words, "\n\nThe number of times that the bell rang is").count(marker)
     model = counting_model(marker, last, {n + asked: i for n, i in known.items()}, len(words))
     assert score("counting", model, made)["acc"] == 1.0

@@ -252,6 +252,7 @@ def test_a_step_averages_the_adapters_of_others(
 TINY: dict[str, Any] = {
     "context": 128,
     "batch_size": 2,
+    "bf16": False,  # accelerate holds to the precision of the first run of a process
     "max_tokens": 512,
     "tokens": 256,
     "limit": 1,
