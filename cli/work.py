@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "report": ("of",),
 }
 # Options that name what an earlier step made, or something of the user's: what that has to be.
-BUILDS_ON = {"model": Path.is_dir, "adapter": Path.is_file}
+BUILDS_ON = {"model": Path.is_dir, "reference": Path.is_dir, "adapter": Path.is_file}
 # Steps that make a folder, which is kept if it was finished with the same options.
 MAKERS = ("convert", "tune", "export")
 
@@ -169,9 +169,9 @@ class Work:
         """The folder that an earlier step of this name made, if one did."""
         return self.out / name if self._note(name).is_file() else None
 
-    def _model(self, step: Step) -> Path:
+    def _model(self, step: Step, key: str = "model") -> Path:
         """The output of an earlier step, or a folder of the user's."""
-        name = str(step.options["model"])
+        name = str(step.options[key])
         return self._made(name) or Path(name)
 
     def _adapters(self, step: Step) -> list[Path]:
@@ -234,10 +234,13 @@ class Work:
         from ctxprune.evals.config import EvalConfig
         from ctxprune.evals.quality.evaluate import evaluate
 
+        config = EvalConfig.from_mapping(_fields(step), f"step `{step.name}`")
+        if config.reference is not None:
+            config = replace(config, reference=self._model(step, "reference"))
         with evaluation_progress() as on_progress:
             results = evaluate(
                 self._model(step),
-                EvalConfig.from_mapping(_fields(step), f"step `{step.name}`"),
+                config,
                 state=self._eval_state,
                 on_event=say,
                 on_progress=on_progress,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctxprune.evals.quality import fidelity, last_word, retrieval
+from ctxprune.evals.quality import conversation, fidelity, last_word, long_context
 from ctxprune.evals.results import MODES, ORACLE, PRUNED
 from ctxprune.pruner.config import PROTOCOLS, FromMapping, check_at_least, check_sparsity
 from ctxprune.pruner.device import AUTO, place
@@ -98,7 +98,7 @@ class BenchConfig(FromMapping):
         return steps * (self.repeats + 2)
 
 
-OWN_TASKS = (fidelity.NAME, retrieval.NAME, last_word.NAME)
+OWN_TASKS = (fidelity.NAME, *long_context.TASKS, conversation.NAME, last_word.NAME)
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,15 @@ class EvalConfig(FromMapping):
         context: tokens a window of that text, for perplexity.
         prompt: how many of them are read and not scored; None: the first.
         tokens: at most this many tokens of it; None: all.
-        lengths: tokens a prompt of `retrieval`; those that the text or the model's positions
-            cannot serve are left out.
+        lengths: tokens a prompt of the long-context tasks; those that the text or the model's
+            positions cannot serve are left out.
         reference: folder of the published model, converted, that `fidelity` compares with; None:
             the model itself at sparsity 0, if its weights were left alone.
-        limit: documents a task, prompts a length and depth of `retrieval`, texts of each kind of
-            `fidelity`; None: all of lm-eval's, and `retrieval.PER_CELL`, `last_word.LIMIT`,
-            `fidelity.LIMIT`.
+        limit: documents a task, prompts a length and depth of a long-context task, texts of each
+            kind of `fidelity`; None: all of lm-eval's, `long_context.PER_CELL`, and the `LIMIT` of
+            `conversation`, `last_word` and `fidelity`.
         batch_size: windows, requests or passages a forward pass, at most; `auto`: as many as make
-            8,192 tokens. `retrieval` takes one text a pass.
+            8,192 tokens. Long-context tasks and conversations take one text a pass.
         seed: of lm-eval's generators, and of the choice of texts of our own tasks; None: those
             that lm-eval's command takes, and 0.
         data_dir: folder of `<task>.jsonl`, the tasks' documents; None: from the hub.
@@ -147,7 +147,7 @@ class EvalConfig(FromMapping):
     context: int = 512
     prompt: int | None = None
     tokens: int | None = None
-    lengths: tuple[int, ...] = retrieval.LENGTHS
+    lengths: tuple[int, ...] = long_context.LENGTHS
     reference: Path | None = None
     limit: int | None = None
     batch_size: int | str = 8

@@ -70,7 +70,9 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     ).eval()
 
 
-def remembering_model(known: Sequence[int], vocabulary: int) -> PreTrainedModel:
+def remembering_model(
+    known: Sequence[int], vocabulary: int, positions: int = 1024
+) -> PreTrainedModel:
     """A model made by hand: its logits rise with each of the known tokens that it can still see.
 
     One layer attends to all rows alike. Known tokens are axes of the embedding, others are zero,
@@ -81,7 +83,7 @@ def remembering_model(known: Sequence[int], vocabulary: int) -> PreTrainedModel:
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocabulary,
-            n_positions=1024,
+            n_positions=positions,
             n_embd=width,
             n_layer=1,
             n_head=1,

@@ -52,7 +52,7 @@ class Measured(Protocol):
 def markdown(results: Results) -> str:
     """A table of perplexities with a row per model, policy and level, and what was measured.
 
-    Tables of all metrics of tasks, and of the cells of retrieval and the like, follow.
+    Tables of all metrics of tasks, and of the cells of each long-context task, follow.
     """
     parts = [markdown_table(_texts(results)), _note(results)]
     for table in (_tasks(results), *_cells(results)):
