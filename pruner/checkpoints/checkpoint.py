@@ -15,7 +15,7 @@ import os
 import shutil
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from math import prod
@@ -37,6 +37,7 @@ from transformers import (
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ctxprune.pruner.checkpoints import hub, interop
+from ctxprune.pruner.checkpoints.settings import FolderSettings, Provenance
 from ctxprune.pruner.config import PruneConfig, check_sparsity
 from ctxprune.pruner.decoder import check_type, decoder_of
 from ctxprune.pruner.device import AUTO, DeviceMap, Place, place
@@ -44,6 +45,7 @@ from ctxprune.pruner.engine.handle import attach, handle_of, new_gates
 from ctxprune.pruner.errors import CtxpruneError, first_line
 from ctxprune.pruner.files import unlock
 from ctxprune.pruner.gate import Gate
+from ctxprune.pruner.parsing import contents, json_of
 
 SETTINGS = "ctxprune.json"
 GATES = "ctxprune.safetensors"
@@ -102,11 +104,11 @@ def is_disk_full(error: BaseException) -> bool:
     return full or (isinstance(error, SafetensorError) and "os error 28" in str(error))
 
 
-def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The parsed `ctxprune.json` of a converted folder.
+def read_settings(folder: str | Path) -> FolderSettings:
+    """What `ctxprune.json` of a converted folder says.
 
     Raises:
-        CtxpruneError: no such folder, or one that was not converted.
+        CtxpruneError: no such folder, one that was not converted, or something else in the file.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -119,13 +121,8 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
             f"`{folder}` has no {SETTINGS}, so it was not converted",
             f"run `ctxprune convert {folder} --out DIR` first",
         )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CtxpruneError(f"`{path}` is not valid JSON: {error}", "convert again") from error
-    if not isinstance(settings, dict) or "config" not in settings:
-        raise CtxpruneError(f"`{path}` has no `config`", "convert again")
-    return settings
+    source = f"`{path}`"
+    return FolderSettings.from_mapping(json_of(contents(path), source), source)
 
 
 def check_folder(folder: str | Path) -> None:
@@ -135,8 +132,7 @@ def check_folder(folder: str | Path) -> None:
 
 def read_config(folder: str | Path) -> PruneConfig:
     """The PruneConfig of a converted folder."""
-    raw = read_settings(folder)["config"]
-    return PruneConfig.from_mapping(raw, str(Path(folder) / SETTINGS))
+    return read_settings(folder).config
 
 
 def write(
@@ -145,7 +141,7 @@ def write(
     gates: nn.ModuleList,
     config: PruneConfig,
     tokenizer: PreTrainedTokenizerBase | None,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
 ) -> None:
     """Write a model folder in place (use inside `staged`)."""
     model.save_pretrained(folder)
@@ -159,22 +155,20 @@ def complete(
     model: PreTrainedModel,
     gates: nn.ModuleList,
     config: PruneConfig,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
 ) -> None:
     """Add to what transformers saved of a model: gates, settings, and what other tools read."""
     save_file(
         {name: tensor.detach().contiguous() for name, tensor in gates.state_dict().items()},
         folder / GATES,
     )
-    raw = dataclasses.asdict(config)
-    settings = {
-        "format": 1,
-        "version": version("ctxprune"),
-        "config": raw,
-        "layers": decoder_of(model).describe(),
-        "provenance": dict(provenance),
-    }
-    text = json.dumps(settings, indent=2) + "\n"
+    settings = FolderSettings(
+        version=version("ctxprune"),
+        config=config,
+        layers=decoder_of(model).describe(),
+        provenance=provenance,
+    )
+    text = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
     (folder / SETTINGS).write_text(text, encoding="utf-8")
     interop.write_index(folder)
     interop.write_code(folder, model)
@@ -258,6 +252,7 @@ def sketch(folder: str | Path) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = kind.from_config(about)
         gates = new_gates(model, config)
+    config.check_layers(len(gates), f"`{Path(folder) / SETTINGS}`")
     attach(model, gates, config)
     return model
 
@@ -269,7 +264,9 @@ def attach_gates(folder: Path, model: PreTrainedModel) -> None:
         CtxpruneError: as `load`.
     """
     config = read_config(folder)
-    attach(model, _load_gates(folder, model, config), config)
+    gates = _load_gates(folder, model, config)
+    config.check_layers(len(gates), f"`{folder / SETTINGS}`")
+    attach(model, gates, config)
     model.eval()
 
 
@@ -431,14 +428,16 @@ def _load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn
         ) from error
     decoder = decoder_of(model)
     layers, width = len(decoder.gated), decoder.width
-    gates = nn.ModuleList(Gate(width, config.rank) for _ in range(layers))
-    expected = {name: tensor.shape for name, tensor in gates.state_dict().items()}
+    with torch.device("meta"):
+        sketched = nn.ModuleList(Gate(width, config.rank) for _ in range(layers))
+    expected = {name: tensor.shape for name, tensor in sketched.state_dict().items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != expected:
         raise CtxpruneError(
             f"the gates in `{folder}` do not fit its model: {layers} layers of width {width} and "
             f"rank {config.rank} are needed",
             "convert the model again",
         )
+    gates = nn.ModuleList(Gate(width, config.rank) for _ in range(layers))
     gates.load_state_dict(tensors)
     return gates
 
@@ -449,7 +448,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     Raises:
         CtxpruneError: it was not converted, or is damaged.
     """
-    settings, config = read_settings(folder), read_config(folder)
+    settings = read_settings(folder)
     check_weights(Path(folder))
     try:
         raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
@@ -468,16 +467,16 @@ def describe(folder: str | Path) -> dict[str, Any]:
         "folder": str(folder),
         "model_type": kind,
         "architecture": next(iter(raw.get("architectures") or ["unknown"])),
-        "layers": settings.get("layers"),
+        "layers": settings.layers,
         "parameters": sum(count for _, count in weights),
         "parameters_added": sum(count for _, count in _shapes(Path(folder) / GATES)),
         "dtype": dtypes.most_common(1)[0][0] if dtypes else None,
         "disk_bytes": sum(file.stat().st_size for file in Path(folder).iterdir()),
         "policy": "gate",
-        "tuned_sparsity": config.tuned,
-        "config": dataclasses.asdict(config),
-        "version": settings.get("version"),
-        "provenance": settings.get("provenance", {}),
+        "tuned_sparsity": settings.config.tuned,
+        "config": dataclasses.asdict(settings.config),
+        "version": settings.version,
+        "provenance": settings.provenance,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ctxprune.pruner.checkpoints import checkpoint
 from ctxprune.pruner.checkpoints.agreement import check_agreement
 from ctxprune.pruner.checkpoints.card import facts_of
 from ctxprune.pruner.checkpoints.hub import FAULTS
+from ctxprune.pruner.checkpoints.settings import Provenance
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import check_type
 from ctxprune.pruner.device import AUTO, Place, stored
@@ -59,7 +61,7 @@ def convert(
     """
     checkpoint.refuse_existing(out, force=force)
     where = stored(dtype)
-    config = PruneConfig.from_mapping(settings, "the settings")
+    config = PruneConfig(**settings)
     if gates_only and len(adapter) != 1:
         raise CtxpruneError(
             f"there are {len(adapter)} adapters to take the gates alone of", "give one `--adapter`"
@@ -90,19 +92,20 @@ def convert(
         adapters.check_plain(model)
     # Of training there is none here, and dropout would differ from pass to pass.
     model.eval()
-    provenance = {"base": name, "origin": facts}
+    provenance = Provenance(base=name, origin=facts)
     if tuned is None:
         gates = new_gates(model, config)
     else:
         model, gates, config = adapters.apply(tuned, model, settings)
-        provenance = {**tuned.about["provenance"], **provenance}
+        provenance = {**tuned.about.provenance, **provenance}
+        tuned = replace(tuned, about=replace(tuned.about, config=config))
     attach(model, gates, config)
     check_agreement(model)
     with checkpoint.staged(out, force=force) as folder:
         checkpoint.write(folder, model, gates, config, tokenizer, provenance)
         if tuned is not None:
-            adapters.write(folder / adapters.FILE, tuned, config)
-            rank = tuned.about["lora_rank"]
+            adapters.write(folder / adapters.FILE, tuned)
+            rank = tuned.about.lora_rank
             adapters.write_peft(folder / adapters.PEFT, model, tuned.lora, rank, provenance)
     return out
 

@@ -491,7 +491,7 @@ def _write(
 ) -> None:
     """Merge LoRA, write the folder with the adapter, clear the state away."""
     config = run.config
-    provenance = checkpoint.read_settings(run.source).get("provenance", {})
+    provenance = checkpoint.read_settings(run.source).provenance
     earlier = [*provenance.get("earlier", []), provenance["tune"]] if "tune" in provenance else []
     provenance = {**provenance, "tune": _told(config), "earlier": earlier}
     onto = run.source / adapter.FILE if earlier else None
