@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import tempfile
 import traceback
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+import ctxprune
 from ctxprune.cli import (
     bench,
     chat,
@@ -55,7 +55,7 @@ for name, command, examples in (
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(f"ctxprune {version('ctxprune')}", highlight=False)
+        out.print(f"ctxprune {ctxprune.__version__}", highlight=False)
         raise typer.Exit
 
 
@@ -107,7 +107,7 @@ def _crash(error: Exception) -> None:
     with tempfile.NamedTemporaryFile(
         "w", prefix="ctxprune-", suffix=".log", delete=False, encoding="utf-8"
     ) as log:
-        log.write(f"ctxprune {version('ctxprune')}: {' '.join(sys.argv[1:])}\n\n{told}")
+        log.write(f"ctxprune {ctxprune.__version__}: {' '.join(sys.argv[1:])}\n\n{told}")
     complain(f"{what}\n\nhint: {report} {log.name}")
 
 

@@ -80,7 +80,7 @@ def test_a_second_run_adds_to_the_adapter_of_the_first(
         assert second == "gates" or (here(ids).logits - once(ids).logits).abs().max() > 2e-2
     with safe_open(twice / adapter.FILE, framework="pt") as opened:
         about = json.loads(opened.metadata()["ctxprune"])
-    assert about.lora_rank == rank
+    assert about["lora_rank"] == rank
     assert [run["train"] for run in about["provenance"]["earlier"]] == [first]
 
 
@@ -109,7 +109,7 @@ def test_of_several_adapters_the_weights_are_averaged(
     assert all(torch.equal(weights_of(again)[n], t) for n, t in weights_of(both).items())
     about = adapter.read(both / adapter.FILE).about
     assert about.lora_rank == 16 + 8
-    assert [run["tune"]["seed"] for run in about["provenance"]["averaged_with"]] == [1]
+    assert [run["tune"]["seed"] for run in about.provenance["averaged_with"]] == [1]
     card = (export(both, tmp_path / "card") / "README.md").read_text(encoding="utf-8")
     training = card.partition("## Training")[2]
     assert training.index("sparsity 0.7") < training.index("mean") < training.index("sparsity 0.0")
