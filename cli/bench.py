@@ -217,25 +217,28 @@ def _refuse(ctx: typer.Context, name: str, training: bool) -> None:
 
 def _speed(folder: Path | None, config: BenchConfig, plot_file: Path | None) -> dict[str, Any]:
     """Measure prefill and decoding, and print a table."""
+    from ctxprune.evals.results import Benchmark, measured
     from ctxprune.evals.speed.bench import bench as run
     from ctxprune.evals.speed.speed_report import plot, rich_table
 
     state = Path(".ctxprune") / "bench-state.json"
     results = run(folder, config, state=state, on_event=say)
+    typed = measured(Benchmark, results)
     if plot_file is not None:
         plot_file.parent.mkdir(parents=True, exist_ok=True)
-        plot(results, plot_file)
+        plot(typed, plot_file)
         say(f"wrote {plot_file}")
-    stdout.print(rich_table(results))
+    stdout.print(rich_table(typed))
     return results
 
 
 def _training(folder: Path, config: TrainingCostConfig) -> dict[str, Any]:
     """Measure steps of tuning, and print a table."""
     from ctxprune.evals.report.tables import terminal_table
+    from ctxprune.evals.results import Training, measured
     from ctxprune.evals.speed.training_cost import training_cost
     from ctxprune.evals.speed.training_report import table
 
     results = training_cost(folder, config, on_event=say)
-    stdout.print(terminal_table(table(results)))
+    stdout.print(terminal_table(table(measured(Training, results))))
     return results

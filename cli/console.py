@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,31 +13,44 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from ctxprune.pruner import words
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.files import whole
 
+
+class Plain(Console):
+    """A terminal for which a text, a cell and a title mean nothing: no markup, no escapes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A text as it is printed, wherever it stands."""
+        return super().render_str(words.terminal(text), **options)
+
+
 # In a pipe there is no width to fit: a table keeps its columns whole.
-out = Console(width=None if sys.stdout.isatty() else 160)
+out = Plain(width=None if sys.stdout.isatty() else 160)
 # What `--quiet` silences, and what it does not.
-err = Console(stderr=True)
-errors = Console(stderr=True)
+err = Plain(stderr=True)
+errors = Plain(stderr=True)
 
 
 def say(line: str) -> None:
     """One line of what is going on."""
-    err.print(line, markup=False, highlight=False, soft_wrap=True)
+    err.print(words.line(line), soft_wrap=True)
 
 
-def complain(line: str) -> None:
-    """One line of what went wrong; it is printed with `--quiet` too."""
-    errors.print(line, markup=False, highlight=False, soft_wrap=True)
+def complain(text: str) -> None:
+    """What went wrong; it is printed with `--quiet` too."""
+    errors.print(text, soft_wrap=True)
 
 
 def fail(error: CtxpruneError) -> None:
     """A mistake of the user: what is wrong, and what to do."""
-    complain(f"error: {error.message}")
+    complain(f"error: {words.line(error.message)}")
     if error.hint:
-        complain(f"\nhint: {error.hint}")
+        complain(f"\nhint: {words.line(error.hint)}")
 
 
 @contextmanager
@@ -50,12 +62,14 @@ def only_data(wanted: bool) -> Iterator[None]:
 
 def data(value: Any, indent: int | None = 2) -> None:
     """A result as JSON on stdout."""
-    sys.stdout.write(json.dumps(value, indent=indent) + "\n")
+    from ctxprune.evals.results import dumps
+
+    sys.stdout.write(dumps(value, indent) + "\n")
 
 
 def stream(text: str) -> None:
-    """A piece of generated text on stdout, at once."""
-    sys.stdout.write(text)
+    """A piece of generated text on stdout, at once; a terminal obeys nothing in it."""
+    sys.stdout.write(words.terminal(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
@@ -71,9 +85,7 @@ def shaded(pieces: Sequence[str], shares: Sequence[float]) -> Text:
     """
     text = Text()
     for piece, share in zip(pieces, shares, strict=True):
-        # Escapes of a terminal in the text are not for the terminal.
-        plain = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
-        text.append(plain, next(style for least, style in SHADES if share >= least))
+        text.append(words.terminal(piece), next(style for least, style in SHADES if share >= least))
     return text
 
 
@@ -117,7 +129,9 @@ def check_writable(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a result as JSON, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    from ctxprune.evals.results import dumps
+
+    write_text(path, dumps(value, 2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

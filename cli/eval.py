@@ -30,6 +30,7 @@ from ctxprune.cli.options import (
 )
 from ctxprune.cli.progress import evaluation_progress
 from ctxprune.cli.workspace import current
+from ctxprune.pruner.words import line
 
 EXAMPLES = """
 Examples:
@@ -217,6 +218,7 @@ def evaluate(
     from ctxprune.evals.config import EvalConfig
     from ctxprune.evals.quality.evaluate import evaluate as run
     from ctxprune.evals.report.report import rich_tables
+    from ctxprune.evals.results import Evaluation, measured
 
     config = EvalConfig(**settings(ctx, EvalConfig))
     state = Path(".ctxprune") / "eval-state.json"
@@ -227,7 +229,7 @@ def evaluate(
         if out is not None:
             write_json(out, results)
             say(f"wrote {out}")
-        for table in rich_tables([results]):
+        for table in rich_tables([measured(Evaluation, results)]):
             stdout.print(table)
     if as_json:
         data(results)
@@ -239,4 +241,4 @@ def _list(include_path: Path | None) -> None:
     from ctxprune.evals.quality.tasks import listed
 
     names = [*((name, "task of ctxprune") for name in OWN_TASKS), *listed(include_path)]
-    sys.stdout.write("".join(f"{name}\t{kind}\n" for name, kind in names))
+    sys.stdout.write("".join(f"{line(name)}\t{kind}\n" for name, kind in names))

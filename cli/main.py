@@ -23,7 +23,7 @@ from ctxprune.cli import (
     run,
     tune,
 )
-from ctxprune.cli.command import HELP, Command, Quiet, Verbose, hush, is_verbose
+from ctxprune.cli.command import HELP, Command, Commands, Quiet, Verbose, hush, is_verbose
 from ctxprune.cli.console import complain, fail, out
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 
@@ -32,6 +32,7 @@ CRASHED = 70
 
 app = typer.Typer(
     name="ctxprune",
+    cls=Commands,
     help="Teach a pretrained causal LM to forget: learned eviction from its own KV cache.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -134,13 +134,22 @@ class Work:
     def _export(self, step: Step) -> None:
         from ctxprune.pruner.checkpoints.export import export
 
-        results = self.results.get(str(step.options.get("results")))
-        export(self._model(step), self.out / step.name, force=True, results=results or ())
+        told: dict[str, Any] = {}
+        if used := self._used(step):
+            from ctxprune.evals.report.merged import merge
+            from ctxprune.evals.report.on_card import on_card
+
+            told = on_card(merge([(step.name, used)]))
+        export(self._model(step), self.out / step.name, force=True, **told)
 
     def _generate(self, step: Step) -> None:
         from ctxprune.pruner.config import GenerateConfig
 
         write(self._model(step), step.config(GenerateConfig))
+
+    def _used(self, step: Step) -> list[dict[str, Any]]:
+        """The results that a step reads."""
+        return [self.results[name] for name in step.results]
 
     def _eval(self, step: Step) -> None:
         from ctxprune.evals.config import EvalConfig
@@ -159,9 +168,11 @@ class Work:
 
     def _report(self, step: Step) -> None:
         from ctxprune.evals.report.report import markdown, plot, rich_tables
+        from ctxprune.evals.results import Evaluation, measured
 
-        chosen = [self.results[name] for name in step.results]
-        write_json(self.out / f"{step.name}.json", chosen)
+        used = self._used(step)
+        write_json(self.out / f"{step.name}.json", used)
+        chosen = [measured(Evaluation, each) for each in used]
         write_text(self.out / f"{step.name}.md", markdown(chosen))
         plot(chosen, self.out / f"{step.name}.png")
         for table in rich_tables(chosen):

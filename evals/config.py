@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from ctxprune.evals.quality import fidelity, last_word, retrieval
-from ctxprune.evals.report.shapes import ORACLE, PRUNED
+from ctxprune.evals.results import ORACLE, PRUNED
 from ctxprune.pruner.config import Policy, Protocol
 from ctxprune.pruner.device import AUTO, place
 from ctxprune.pruner.errors import CtxpruneError

@@ -8,53 +8,67 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ctxprune import pruner
 from ctxprune.evals import quality
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.evals.results import Part, checked, dumps, load_json
 from ctxprune.pruner.files import whole
 
 PRUNER, QUALITY = (Path(package.__path__[0]) for package in (pruner, quality))
+AFRESH = "delete it to start afresh"
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A result, and the date (UTC) on which it was measured."""
+class Kept(Part):
+    """A result, what was measured, and the date (UTC) on which it was."""
 
-    result: dict[str, Any]
+    label: str
     date: str
+    result: dict[str, Any]
 
 
 class Finished:
-    """A state file: digest of all that a measurement depends on -> its label, result and date."""
+    """A state file: digest of all that a measurement depends on -> its label, result and date.
+
+    Args:
+        path: None: nothing is kept on disk.
+
+    Raises:
+        CtxpruneError: there is something else.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._all: dict[str, dict[str, Any]] = {}
+        self._all: dict[str, Kept] = {}
         if path is not None and path.exists():
-            try:
-                self._all = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CtxpruneError(
-                    f"`{path}` is not a state file of measurements", "delete it to start afresh"
-                ) from error
+            self._all = checked(dict[str, Kept], load_json(path, AFRESH), self._what, AFRESH)
 
-    def get(self, key: str) -> Kept | None:
-        """What is kept under a digest, if there is anything."""
+    def get(self, key: str, kind: type[Part]) -> Kept | None:
+        """What is kept under a digest, if there is anything.
+
+        Args:
+            kind: what is read of the result.
+
+        Raises:
+            CtxpruneError: it is damaged.
+        """
         found = self._all.get(key)
-        return None if found is None else Kept(found["result"], found["date"])
+        if found is not None:
+            checked(kind, found.result, self._what, AFRESH)
+        return found
+
+    @property
+    def _what(self) -> str:
+        return f"the state of measurements in `{self._path}` has"
 
     def put(self, key: str, label: str, result: dict[str, Any]) -> Kept:
         """Keep a result that was measured now, on disk at once."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._all[key] = {"label": label, "date": now, "result": result}
+        self._all[key] = kept = Kept(label=label, date=now, result=result)
         self._write()
-        return Kept(result, now)
+        return kept
 
     def drop(self, keys: Iterable[str]) -> None:
         """Forget results: the next run measures anew."""
@@ -64,8 +78,9 @@ class Finished:
 
     def _write(self) -> None:
         if self._path is not None:
+            text = dumps({key: kept.model_dump() for key, kept in self._all.items()})
             with whole(self._path) as temporary:
-                temporary.write_text(json.dumps(self._all), encoding="utf-8")
+                temporary.write_text(text, encoding="utf-8")
 
 
 def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
@@ -98,4 +113,4 @@ def code(policy: str | None) -> str:
 
 def digest(value: Any) -> str:
     """A key for anything that JSON can say."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return hashlib.sha256(dumps(value).encode()).hexdigest()

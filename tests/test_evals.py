@@ -351,7 +351,7 @@ def test_a_broken_state_file_is_named(
 ) -> None:
     state = tmp_path / "eval.json"
     state.write_text("{")
-    with pytest.raises(CtxpruneError, match="not a state file"):
+    with pytest.raises(CtxpruneError, match="eval.json` cannot be read as JSON"):
         evaluate(tiny_folder("gpt2"), config, state=state)
 
 

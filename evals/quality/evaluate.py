@@ -11,17 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lm_eval.api.task import Task
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.config import OWN_TASKS, EvalConfig
+from ctxprune.evals.places import nearby
 from ctxprune.evals.provenance import provenance, worker
 from ctxprune.evals.quality import fidelity, last_word, retrieval
-from ctxprune.evals.quality.accuracy import ERROR, VALUES, against, mean_and_error
+from ctxprune.evals.quality.accuracy import ERROR, VALUES, against, finite, mean_and_error
 from ctxprune.evals.quality.groups import summed
 from ctxprune.evals.quality.harness import PrunedLM, check_template, score
 from ctxprune.evals.quality.perplexity import perplexity
@@ -36,6 +38,7 @@ from ctxprune.evals.quality.work import (
     speed,
     summary,
 )
+from ctxprune.evals.results import Figure, Part, Share
 from ctxprune.evals.state import Finished, Kept, code, digest, stats, text_stats
 from ctxprune.pruner.checkpoints.checkpoint import (
     check_folder,
@@ -50,6 +53,13 @@ from ctxprune.pruner.errors import CtxpruneError, choose
 
 PERPLEXITY = "perplexity"
 PACKAGES = ("ctxprune", "torch", "transformers", "lm_eval")
+
+
+class Figures(Part):
+    """What is kept of a measurement, as far as the evaluation reads it: see `Measure`."""
+
+    sparsity: Share
+    values: dict[str, Annotated[list[Figure], Field(min_length=1)]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,8 @@ def evaluate(
         `Perplexity` has, its `date`, and `tasks`: name -> what `harness.score` or one of our own
         tasks gives, and `date`. Where the dense model was measured too, `against_dense` has the
         paired difference of each metric that is a mean over the same documents; that of the text
-        is of `nll`, the negative log-likelihood of a token in nats.
+        is of `nll`, the negative log-likelihood of a token in nats. A metric that came to no
+        number is None, and `not_finite` says what it was.
 
     Raises:
         CtxpruneError: for bad input, or a pruned level at which nothing was evicted.
@@ -150,7 +161,7 @@ def evaluate(
             keys[level, name] = key = digest(
                 [weights, versions, sources, level, name, decides, _common(config), measure.depends]
             )
-            if fresh or measure.afresh or finished.get(key) is None:
+            if fresh or measure.afresh or finished.get(key, Figures) is None:
                 todo[level, name] = measure
     meter = Meter(model, _plan(model, config, text, todo), on_progress or (lambda progress: None))
     if todo:
@@ -163,14 +174,16 @@ def evaluate(
             say(f"{label}: running")
             try:
                 with meter.measuring(label):
-                    result = measures[name].run(level)
+                    result = finite(measures[name].run(level))
             except torch.OutOfMemoryError as error:
                 raise CtxpruneError(
                     f"{label}: the device is out of memory", "give a smaller `--batch-size`"
                 ) from error
+            for metric, was in result.get("not_finite", {}).items():
+                say(f"{label}: `{metric}` came to {was}, which is no figure")
             say(f"{label}: done")
             return finished.put(key, label, result)
-        kept = finished.get(key)
+        kept = finished.get(key, Figures)
         assert kept is not None
         say(f"{label}: already done, kept ({kept.date[:10]})")
         return kept
@@ -193,7 +206,7 @@ def evaluate(
             found[name] = summed(group, found)
         rows.append({**row, "tasks": found})
     return {
-        "model": str(folder),
+        "model": nearby(str(folder)),
         "layers": handle.decoder.describe(),
         "policy": config.policy,
         "evict": config.evict,
@@ -202,7 +215,7 @@ def evaluate(
         "context": config.context,
         "prompt": config.prompt,
         "levels": rows,
-        "text": config.text or "embedded",
+        "text": nearby(config.text or "embedded"),
         "limit": config.limit,
         "num_fewshot": config.num_fewshot,
         "apply_chat_template": config.apply_chat_template,

@@ -271,5 +271,6 @@ def _write(path: Path, samples: list[dict[str, Any]]) -> None:
     """
     with whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for sample in samples:
-            line = json.dumps(sample, default=handle_non_serializable, ensure_ascii=False)
-            file.write(line + "\n")
+            line = json.dumps(sample, default=handle_non_serializable)
+            whole_line = json.loads(line, parse_constant=lambda _: None)  # no NaN, no infinity
+            file.write(json.dumps(whole_line, ensure_ascii=False) + "\n")

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from ctxprune.evals.config import SOME, Context
+from ctxprune.evals.places import nearby
 from ctxprune.evals.provenance import provenance, worker
 from ctxprune.evals.speed.peak import peak_of
 from ctxprune.evals.speed.stopwatch import spread
@@ -116,7 +117,7 @@ def training_cost(
             for mode, times in seconds.items()
         ]
     return {
-        "model": subject.name,
+        "model": nearby(subject.name),
         "batch": config.batch,
         "train": config.train,
         "bf16": config.bf16,

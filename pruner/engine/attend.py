@@ -41,7 +41,7 @@ def step(page: Page, new: New, query: Tensor, logits: Logits, sight: Sight | Non
     with span("eviction"):
         page.write(new, count, count - page.settled[0])
     with span("attention"):
-        key, value = page.key[:, :, : count + 1], page.value[:, :, : count + 1]
+        key, value = page.rows(count + 1)
         visible = None if sight is None else in_sight(page, new, sight, count + 1)
         return attention(query, key, value, visible, logits)
 
@@ -65,7 +65,7 @@ def static_step(
     with span("eviction"):
         page.write(new, place[0, :, None], place[1, :, None])
     with span("attention"):
-        key, value = page.key[:, :, :stop], page.value[:, :, :stop]
+        key, value = page.rows(stop)
         visible = torch.arange(key.shape[2], device=key.device) <= place[0, :, None, None]
         if sight is not None:
             visible = visible & in_sight(page, new, sight, stop)

@@ -11,7 +11,7 @@ d head_dim.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +28,9 @@ from ctxprune.pruner.engine.weights import (
     weighted,
 )
 
+# Latents (b, 1, r, width) each, as the cache is given them -> keys and values (b, h, r, d).
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 # Slots are added by this share at a time where the rows have no limit.
 GROWTH = 1 / 8
 
@@ -37,7 +40,7 @@ class New:
     """What is written for n new tokens.
 
     Attributes:
-        key, value: (b, h_kv, n, d), rotated.
+        key, value: (b, h_kv, n, d), rotated; or what they are expanded from.
         query: (b, h, n, d), rotated, or None where no policy asks for attention weights.
         features: (b, n, width) of the policy, or None.
         position: (b, n) int64, where it must be known before the next eviction step; else None.
@@ -78,18 +81,29 @@ class Page:
         like: new tokens, whose shapes and dtypes the page takes. slots: of a sequence.
         waiting: queries that may wait. columns: name -> width of what a policy keeps of a row: a
             number (width 1, at least float32), or a vector in the keys' dtype.
+        expand: makes keys and values of latents, which are kept in their place (DeepSeek's MLA,
+            arXiv 2405.04434); None: they are kept themselves.
 
     Attributes:
-        key, value: (b, h_kv, r, d). position: (b, r) int64, -1 where nothing was settled yet.
+        key, value: (b, h_kv, r, d), as they are kept.
+        position: (b, r) int64, -1 where nothing was settled yet.
         numbers: (b, r, k) the columns of one number. vectors: (b, r, width) of each other column.
         query, features: of the tokens since the last step.
         used: rows of each sequence. settled: how many of them an eviction step has seen.
     """
 
-    def __init__(self, like: New, slots: int, waiting: int, columns: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        like: New,
+        slots: int,
+        waiting: int,
+        columns: Mapping[str, int],
+        expand: Expand | None = None,
+    ) -> None:
         batch, new = like.key.shape[0], like.key.new_zeros
         wide = torch.promote_types(like.key.dtype, torch.float32)
         self._names = [name for name, width in columns.items() if width == 1]
+        self._expand = expand
         # One slot more takes what is no token: the padding of ragged batches.
         self.key = _slots(like.key, slots + 1)
         self.value = _slots(like.value, slots + 1)
@@ -120,7 +134,7 @@ class Page:
 
     @property
     def row_nbytes(self) -> int:
-        """Bytes of one token's key and value: what a dense cache holds of it."""
+        """Bytes of one token's key and value, or latents: what a dense cache holds of it."""
         pair = (self.key, self.value)
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in pair)
 
@@ -140,6 +154,11 @@ class Page:
         if self.features is not None and new.features is not None:
             _put(self.features, new.features[:, None], wait)
 
+    def rows(self, stop: int | None) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, h_kv, stop, d) of the first slots, or of all."""
+        pair = self.key[:, :, :stop], self.value[:, :, :stop]
+        return pair if self._expand is None else self._expand(*pair)
+
     def held(self, members: Tensor | None, stop: int) -> Held:
         """The first `stop` slots of all sequences (None), as views, or copies of some."""
 
@@ -150,7 +169,9 @@ class Page:
         numbers = of(self.numbers, 1)
         columns = dict(zip(self._names, numbers.unbind(dim=2), strict=True))
         columns |= {name: of(vector, 1) for name, vector in self.vectors.items()}
-        return Held(of(self.key, 2), of(self.value, 2), of(self.position, 1), columns, numbers)
+        pair = of(self.key, 2), of(self.value, 2)
+        pair = pair if self._expand is None else self._expand(*pair)
+        return Held(*pair, of(self.position, 1), columns, numbers)
 
     def waits(self, members: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
         """The first `count` waiting queries (s, h, q, d), and features (s, q, width)."""

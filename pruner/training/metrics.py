@@ -31,7 +31,8 @@ class Metrics:
     def log(self, figures: dict[str, Any]) -> None:
         """Add a step."""
         with (self._folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+            told = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # no NaN
+            file.write(json.dumps(told) + "\n")
 
     def copy(self, target: Path) -> None:
         """Put the logs beside the tuned model."""
