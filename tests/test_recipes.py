@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ctxprune.pruner.checkpoints import adapter
 from ctxprune.pruner.checkpoints.checkpoint import GATES, read_config
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.recipes import check
+from ctxprune.recipes.steps import schema
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
@@ -251,3 +253,8 @@ def test_a_step_averages_the_adapters_of_others(
 
 def _stop(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_the_schema_for_editors_is_that_of_the_code() -> None:
+    written = files("ctxprune.recipes") / "recipe.schema.json"
+    assert written.read_text(encoding="utf-8") == schema(), "run `make docs`"
