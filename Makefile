@@ -70,8 +70,10 @@ study: setup
 			--png docs/figures/$${text%%-*} --out runs/study/$${text%%-*}.html || exit; \
 	done
 
-# The pages of docs/commands; a test fails if they drift from --help.
+# The pages of docs/commands and the schema of recipes; tests fail if they drift from the code.
 docs: setup
+	$(BIN)/python -c 'from ctxprune.recipes.steps import schema; print(schema(), end="")' \
+		> recipes/recipe.schema.json
 	mkdir -p docs/commands
 	for name in $(COMMANDS); do \
 		{ printf '# ctxprune %s\n\n```text' $$name; \

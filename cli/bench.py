@@ -24,6 +24,7 @@ from ctxprune.cli.options import (
     Seed,
     numbers,
     settings,
+    whole,
     words,
 )
 from ctxprune.cli.workspace import current
@@ -80,7 +81,7 @@ def bench(
         typer.Option(
             "--batch-size",
             help="Batch sizes, comma-separated; default: 1,8.",
-            callback=numbers,
+            callback=whole,
             rich_help_panel=MEASURED,
         ),
     ] = None,
@@ -89,7 +90,7 @@ def bench(
         typer.Option(
             "--context-length",
             help="Tokens of the prompts, comma-separated; default: 512.",
-            callback=numbers,
+            callback=whole,
             rich_help_panel=MEASURED,
         ),
     ] = None,
@@ -186,12 +187,12 @@ def bench(
     if training and "batch" in options:
         if len(options["batch"]) > 1:
             raise CtxpruneError("steps of tuning are measured at one batch size")
-        options["batch"] = int(options["batch"][0])
+        options["batch"] = options["batch"][0]
     for name in {*settings(ctx, other)} - {*options}:
         _refuse(ctx, name, training)
     if training and plot_file is not None:
         _refuse(ctx, "plot_file", training)
-    config = kind.from_mapping(options, "the options")
+    config = kind(**options)
     folder = None if architecture is not None else current(model)
     with only_data(as_json):
         if isinstance(config, TrainingCostConfig):

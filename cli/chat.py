@@ -78,7 +78,7 @@ def chat(
 
     With `--sparsity 0` they are those of the cap alone.
     """
-    config = ChatConfig.from_mapping(settings(ctx, ChatConfig), "the options")
+    config = ChatConfig(**settings(ctx, ChatConfig))
     folder = current(model)
     from ctxprune.pruner.checkpoints.checkpoint import load_off, load_tokenizer
     from ctxprune.pruner.conversation import Conversation

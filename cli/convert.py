@@ -115,6 +115,6 @@ def convert(
         dtype=dtype or "auto",
     )
     set_current(folder)
-    say(checkpoint.read_settings(folder)["layers"])
+    say(checkpoint.read_settings(folder).layers)
     following = "eval" if adapter else "tune --sparsity 0.8"
     say(f"wrote {folder}, now the current model; next: ctxprune {following}")

@@ -225,7 +225,7 @@ def evaluate(
     from ctxprune.evals.report.report import rich_tables
     from ctxprune.evals.results import Evaluation, measured
 
-    config = EvalConfig.from_mapping(settings(ctx, EvalConfig), "the options")
+    config = EvalConfig(**settings(ctx, EvalConfig))
     state = Path(".ctxprune") / "eval-state.json"
     with only_data(as_json), evaluation_progress() as on_progress:
         results = run(

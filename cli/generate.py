@@ -104,7 +104,7 @@ def generate(
     """Continue texts, or answer; a single text streams. stderr tells what the cache holds."""
     texts = [read_text() if text == "-" else text for text in prompt]
     options = {**settings(ctx, GenerateConfig), "prompt": texts}
-    config = GenerateConfig.from_mapping(options, "the options")
+    config = GenerateConfig(**options)
     write(current(model), config, show=show, as_json=as_json)
 
 

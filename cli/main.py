@@ -10,12 +10,12 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import ctxprune
 from ctxprune.cli import (
     bench,
     chat,
@@ -73,7 +73,7 @@ for name, command, examples in (
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(f"ctxprune {version('ctxprune')}", highlight=False)
+        out.print(f"ctxprune {ctxprune.__version__}", highlight=False)
         raise typer.Exit
 
 
@@ -165,7 +165,7 @@ def _crash(error: Exception) -> None:
             encoding="utf-8",
             errors="backslashreplace",
         ) as log:
-            log.write(f"ctxprune {version('ctxprune')}: {' '.join(sys.argv[1:])}\n\n{told}")
+            log.write(f"ctxprune {ctxprune.__version__}: {' '.join(sys.argv[1:])}\n\n{told}")
     except OSError:  # a full disk may be what it crashed of
         complain(f"{told}\n{what}\n\nhint: {report} the traceback above")
         return

@@ -1,4 +1,4 @@
-"""Imports point one way: cli -> evals -> pruner; recipes are data."""
+"""Imports point one way: cli -> recipes -> evals -> pruner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "pruner": {"pruner"},
     "evals": {"evals", "pruner"},
-    "recipes": {"recipes", "pruner"},
+    "recipes": {"recipes", "evals", "pruner"},
     "cli": {"cli", "evals", "pruner", "recipes"},
 }
 

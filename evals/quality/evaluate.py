@@ -420,7 +420,7 @@ def check_reference(folder: Path, reference: Path | None) -> None:
     if reference is not None:
         check_folder(reference)
         return
-    provenance = read_settings(folder).get("provenance", {})
+    provenance = read_settings(folder).provenance
     runs = [provenance.get("tune"), *provenance.get("earlier", [])]
     if any(run and run.get("train") != "gates" for run in runs):
         raise CtxpruneError(

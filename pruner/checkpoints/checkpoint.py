@@ -32,6 +32,7 @@ from transformers import (
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ctxprune.pruner.checkpoints import hub, interop
+from ctxprune.pruner.checkpoints.settings import FolderSettings, Provenance
 from ctxprune.pruner.config import PruneConfig, check_sparsity
 from ctxprune.pruner.decoder import check_type, decoder_of
 from ctxprune.pruner.device import AUTO, DeviceMap, Place, place
@@ -41,6 +42,7 @@ from ctxprune.pruner.errors import CtxpruneError, first_line, translated
 from ctxprune.pruner.files import check_name, recover, unlock
 from ctxprune.pruner.finite import check_finite
 from ctxprune.pruner.gate import Gate
+from ctxprune.pruner.parsing import contents, json_of
 from ctxprune.pruner.untrusted import CONFIG, check_file, check_model_folder, read_object
 
 SETTINGS = "ctxprune.json"
@@ -51,15 +53,13 @@ OWN = (SETTINGS, GATES)
 # Tied weights are stored once, and count once; so no model has so many times what its files hold.
 TOO_MANY = 4
 DAMAGED = "the files are damaged or incomplete; fetch or convert them again"
-# In the provenance of a folder whose weights hold NaN or infinity, as somebody asked for.
-NON_FINITE = "non_finite"
 
 
-def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The parsed `ctxprune.json` of a converted folder.
+def read_settings(folder: str | Path) -> FolderSettings:
+    """What `ctxprune.json` of a converted folder says.
 
     Raises:
-        CtxpruneError: no such folder, or one that was not converted.
+        CtxpruneError: no such folder, one that was not converted, or something else in the file.
     """
     folder = Path(folder)
     recover(folder)
@@ -74,13 +74,8 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
             f"`{folder}` has no {SETTINGS}, so it was not converted",
             f"run `ctxprune convert {folder} --out DIR` first",
         )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CtxpruneError(f"`{path}` is not valid JSON: {error}", "convert again") from error
-    if not isinstance(settings, dict) or "config" not in settings:
-        raise CtxpruneError(f"`{path}` has no `config`", "convert again")
-    return settings
+    source = f"`{path}`"
+    return FolderSettings.from_mapping(json_of(contents(path), source), source)
 
 
 def check_folder(folder: str | Path) -> None:
@@ -90,8 +85,7 @@ def check_folder(folder: str | Path) -> None:
 
 def read_config(folder: str | Path) -> PruneConfig:
     """The PruneConfig of a converted folder."""
-    raw = read_settings(folder)["config"]
-    return PruneConfig.from_mapping(raw, str(Path(folder) / SETTINGS))
+    return read_settings(folder).config
 
 
 def write(
@@ -100,7 +94,7 @@ def write(
     gates: nn.ModuleList,
     config: PruneConfig,
     tokenizer: PreTrainedTokenizerBase | None,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
 ) -> None:
     """Write a model folder in place (use inside `files.staged`)."""
     model.save_pretrained(folder)
@@ -120,22 +114,20 @@ def complete(
     model: PreTrainedModel,
     gates: nn.ModuleList,
     config: PruneConfig,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
 ) -> None:
     """Add to what transformers saved of a model: gates, settings, and what other tools read."""
     save_file(
         {name: tensor.detach().contiguous() for name, tensor in gates.state_dict().items()},
         folder / GATES,
     )
-    raw = dataclasses.asdict(config)
-    settings = {
-        "format": 1,
-        "version": version("ctxprune"),
-        "config": raw,
-        "layers": decoder_of(model).describe(),
-        "provenance": dict(provenance),
-    }
-    text = json.dumps(settings, indent=2) + "\n"
+    settings = FolderSettings(
+        version=version("ctxprune"),
+        config=config,
+        layers=decoder_of(model).describe(),
+        provenance=provenance,
+    )
+    text = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
     (folder / SETTINGS).write_text(text, encoding="utf-8")
     interop.write_index(folder)
     interop.write_code(folder, model)
@@ -205,8 +197,7 @@ def load_off(
 
 def allows_non_finite(folder: str | Path) -> bool:
     """Whether a converted folder may have NaN and infinity in the weights of its model."""
-    provenance = read_settings(folder).get("provenance")
-    return isinstance(provenance, dict) and bool(provenance.get(NON_FINITE))
+    return read_settings(folder).provenance.get("non_finite", False)
 
 
 def sketch(folder: str | Path) -> PreTrainedModel:
@@ -222,6 +213,7 @@ def sketch(folder: str | Path) -> PreTrainedModel:
     _check_size(model, Path(folder))
     with torch.device("meta"):
         gates = new_gates(model, config)
+    config.check_layers(len(gates), f"`{Path(folder) / SETTINGS}`")
     attach(model, gates, config)
     return model
 
@@ -273,7 +265,9 @@ def attach_gates(folder: Path, model: PreTrainedModel) -> None:
         CtxpruneError: as `load`.
     """
     config = read_config(folder)
-    attach(model, load_gates(folder, model, config), config)
+    gates = load_gates(folder, model, config)
+    config.check_layers(len(gates), f"`{folder / SETTINGS}`")
+    attach(model, gates, config)
     model.eval()
 
 
@@ -479,20 +473,17 @@ def load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn.
         tensors = load_file(file)
     decoder = decoder_of(model)
     layers, width = len(decoder.gated), decoder.width
-    gates = nn.ModuleList(Gate(width, config.rank) for _ in range(layers))
-    expected = {name: tensor.shape for name, tensor in gates.state_dict().items()}
+    with torch.device("meta"):
+        sketched = nn.ModuleList(Gate(width, config.rank) for _ in range(layers))
+    expected = {name: tensor.shape for name, tensor in sketched.state_dict().items()}
     if {name: tensor.shape for name, tensor in tensors.items()} != expected:
         raise CtxpruneError(
             f"the gates in `{folder}` do not fit its model: {layers} layers of width {width} and "
             f"rank {config.rank} are needed",
             "convert the model again",
         )
-    if any(len(shares) != layers for shares in config.levels.values()):
-        raise CtxpruneError(
-            f"the levels in `{folder / SETTINGS}` are not of {layers} layers, as its model has",
-            "tune the model again",
-        )
     check_finite(tensors.items(), str(file))
+    gates = nn.ModuleList(Gate(width, config.rank) for _ in range(layers))
     gates.load_state_dict(tensors)
     return gates
 
@@ -503,7 +494,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     Raises:
         CtxpruneError: it was not converted, or is damaged.
     """
-    settings, config = read_settings(folder), read_config(folder)
+    settings = read_settings(folder)
     raw = check_model_folder(Path(folder))
     check_weights(Path(folder))
     weights = [shape for file in weights_of(Path(folder)) for shape in _shapes(file)]
@@ -514,16 +505,16 @@ def describe(folder: str | Path) -> dict[str, Any]:
         "folder": str(folder),
         "model_type": raw["model_type"],
         "architecture": next(iter(raw.get("architectures") or ["unknown"])),
-        "layers": settings.get("layers"),
+        "layers": settings.layers,
         "parameters": sum(count for _, count in weights),
         "parameters_added": sum(count for _, count in _shapes(Path(folder) / GATES)),
         "dtype": dtypes.most_common(1)[0][0] if dtypes else None,
         "disk_bytes": sum(f.stat().st_size for f in Path(folder).iterdir() if f.is_file()),
         "policy": "gate",
-        "tuned_sparsity": config.tuned,
-        "config": dataclasses.asdict(config),
-        "version": settings.get("version"),
-        "provenance": settings.get("provenance", {}),
+        "tuned_sparsity": settings.config.tuned,
+        "config": dataclasses.asdict(settings.config),
+        "version": settings.version,
+        "provenance": settings.provenance,
     }
 
 

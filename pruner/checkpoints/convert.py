@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ctxprune.pruner.checkpoints import adapter as adapters
 from ctxprune.pruner.checkpoints import checkpoint
 from ctxprune.pruner.checkpoints.agreement import check_agreement
 from ctxprune.pruner.checkpoints.card import facts_of
+from ctxprune.pruner.checkpoints.settings import Provenance
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import decoder_of
 from ctxprune.pruner.device import AUTO, Place, stored
@@ -85,7 +87,7 @@ def _convert(
     where: Place,
     on_event: Callable[[str], None] | None,
 ) -> Path:
-    config = PruneConfig.from_mapping(settings, "the settings")
+    config = PruneConfig(**settings)
     if gates_only and len(adapter) != 1:
         raise CtxpruneError(
             f"there are {len(adapter)} adapters to take the gates alone of", "give one `--adapter`"
@@ -120,24 +122,25 @@ def _convert(
     model.eval()
     rows = decoder_of(model).config.vocab_size
     checkpoint.check_vocabulary(tokenizer, rows, name)
-    provenance: dict[str, Any] = {"base": name, "origin": facts}
+    provenance = Provenance(base=name, origin=facts)
     if not allow_non_finite:
         check_finite(model.state_dict().items(), name)
     elif first_non_finite(model.state_dict().items()):
-        provenance[checkpoint.NON_FINITE] = True
+        provenance["non_finite"] = True
     if tuned is None:
         gates = new_gates(model, config)
     else:
         model, gates, config = adapters.apply(tuned, model, settings)
-        provenance = {**tuned.about["provenance"], **provenance}
+        provenance = {**tuned.about.provenance, **provenance}
+        tuned = replace(tuned, about=replace(tuned.about, config=config))
     attach(model, gates, config)
-    if checkpoint.NON_FINITE not in provenance:  # where random tokens may meet them
+    if "non_finite" not in provenance:  # where random tokens may meet them
         check_agreement(model)
     with staged(out, force=force) as folder:
         checkpoint.write(folder, model, gates, config, tokenizer, provenance)
         if tuned is not None:
-            adapters.write(folder / adapters.FILE, tuned, config)
-            rank = tuned.about["lora_rank"]
+            adapters.write(folder / adapters.FILE, tuned)
+            rank = tuned.about.lora_rank
             adapters.write_peft(folder / adapters.PEFT, model, tuned.lora, rank, provenance)
     return out
 

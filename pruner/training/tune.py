@@ -565,7 +565,7 @@ def _write(
 ) -> None:
     """Merge LoRA, write the folder with the adapter, clear the state away."""
     config = run.config
-    provenance = checkpoint.read_settings(run.source).get("provenance", {})
+    provenance = checkpoint.read_settings(run.source).provenance
     earlier = [*provenance.get("earlier", []), provenance["tune"]] if "tune" in provenance else []
     told = _told(config) | ({"rates_before": run.rates} if run.rates else {})
     provenance = {**provenance, "tune": told, "earlier": earlier}

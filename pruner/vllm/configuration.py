@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic.dataclasses import dataclass
 from transformers.utils.hub import cached_file
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ctxprune.pruner.checkpoints import checkpoint
 from ctxprune.pruner.checkpoints.hub import FAULTS
-from ctxprune.pruner.config import FromMapping, PruneConfig, check_max_rows, check_sparsity
+from ctxprune.pruner.config import PruneConfig, check_max_rows
 from ctxprune.pruner.errors import CtxpruneError, first_line
+from ctxprune.pruner.schema import STRICT, Level, Natural, Settings, Tokens
 
 logger = init_logger(__name__)
 
@@ -22,8 +23,8 @@ KEY = "ctxprune"
 MODEL_TYPES = ("gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
-@dataclass(frozen=True)
-class Settings(FromMapping):
+@dataclass(frozen=True, config=STRICT)
+class Asked(Settings):
     """What `--hf-overrides '{"ctxprune": {...}}'` may say; without it the folder decides.
 
     Attributes:
@@ -32,13 +33,9 @@ class Settings(FromMapping):
         context: tokens of a text for which the sparsity is met; None: those of tuning.
     """
 
-    sparsity: float | None = None
-    max_rows: int | None = None
-    context: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.sparsity is not None:
-            check_sparsity(self.sparsity)
+    sparsity: Level | None = None
+    max_rows: Natural | None = None
+    context: Tokens | None = None
 
     def level(self, config: PruneConfig) -> float:
         """The sparsity for a model."""
@@ -61,7 +58,7 @@ class Settings(FromMapping):
         return rows
 
 
-def settings_of(hf_config: Any) -> Settings:
+def settings_of(hf_config: Any) -> Asked:
     """What the command line asks for.
 
     Raises:
@@ -70,7 +67,7 @@ def settings_of(hf_config: Any) -> Settings:
     raw = getattr(hf_config, KEY, {})
     if not isinstance(raw, dict):
         raise CtxpruneError(f"`{KEY}` of `--hf-overrides` is no mapping of settings: {raw!r}")
-    return Settings.from_mapping(raw, "`--hf-overrides`")
+    return Asked.from_mapping(raw, "`--hf-overrides`")
 
 
 def folder_of(model_config: Any) -> Path:
