@@ -1,7 +1,5 @@
 """What a measurement is told: frozen, self-checking, refusing unknown keys."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args

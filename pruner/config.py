@@ -1,7 +1,5 @@
 """What a run is told: frozen, self-checking, refusing unknown keys; the only home of defaults."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, field, replace
 from typing import Annotated, Any, Literal, get_args
@@ -236,7 +234,7 @@ class TuneConfig(Settings):
         return self.ahead + self.steps
 
     @property
-    def local(self) -> TuneConfig:
+    def local(self) -> "TuneConfig":
         """The local phase as a run of its own: pruned at every step, from the first one on."""
         return replace(
             self, steps=self.local_steps, gate_lr=self.local_lr, dense_share=0.0, ramp=0.0

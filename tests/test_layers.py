@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
+
+from ctxprune.pruner import schema
 
 ROOT = Path(__file__).parent.parent
 ALLOWED = {
@@ -59,3 +62,18 @@ def test_every_file_is_named_in_the_architecture_page() -> None:
         for module in (ROOT / package).rglob("*.py"):
             if module.name != "__init__.py":
                 assert f"{module.name}" in page, module
+
+
+def test_settings_have_types_and_no_names_of_types() -> None:
+    """pydantic builds them at first use, and would look names up in the caller's module."""
+    modules = ("evals.inspect.inspection", "evals.speed.training_cost", "recipes.steps")
+    for module in ("pruner.checkpoints.settings", *modules):
+        importlib.import_module(f"ctxprune.{module}")
+    found, left = [], [schema.Settings]
+    while left:
+        left += (kinds := left.pop().__subclasses__())
+        found += kinds
+    assert len(found) > 10
+    for kind in found:
+        for name, hint in vars(kind).get("__annotations__", {}).items():
+            assert not isinstance(hint, str), f"{kind.__name__}.{name}"

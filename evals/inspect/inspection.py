@@ -1,7 +1,5 @@
 """What `ctxprune inspect` shows: traces of one text, and what they say about its tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +31,7 @@ class Subject(Settings):
     model: Path | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Subject:
+    def parse(cls, text: str) -> "Subject":
         """`POLICY[:SPARSITY][@MODEL]`, as in `gate`, `sink:0.8` or `gate:0.5@./other`.
 
         Raises:

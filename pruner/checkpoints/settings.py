@@ -1,7 +1,5 @@
 """What `ctxprune.json` of a model folder and the metadata of an adapter say, in types."""
 
-from __future__ import annotations
-
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -33,7 +31,7 @@ class Provenance(TypedDict, total=False):
     tune: Run
     earlier: list[Run]
     gates_of: Run | None
-    averaged_with: list[Provenance]
+    averaged_with: list["Provenance"]
     non_finite: bool
 
 

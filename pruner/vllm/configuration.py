@@ -1,7 +1,5 @@
 """What a server is asked for: settings of the folder and of the command line, and refusals."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
