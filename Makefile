@@ -11,7 +11,7 @@ COMMANDS := convert tune eval bench report export generate chat inspect run info
 # Both ends of the range of transformers in pyproject.toml.
 ENDS := 5.19.0 5.24.0
 
-.PHONY: setup test test-all test-vllm check demo docs study
+.PHONY: setup test test-all test-kill test-vllm check demo docs study
 
 setup: .venv/ready
 
@@ -44,6 +44,10 @@ test-all: test $(ENDS:%=.venvs/%/ready)
 	$(call INSTALL,.venvs/$*) -c .venvs/$*/constraints.txt transformers==$* \
 		pytest hypothesis entmax torchao bitsandbytes -e .
 	touch $@
+
+# SIGKILL at thirty random moments of each command that writes: some ten minutes.
+test-kill: setup
+	PYTHONPATH=tests:tests/faults OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py
 
 # The plugin, with vLLM's build for the CPU in an environment of its own. What it brings of images
 # and sound is not built for this torch, and vLLM fails where it is half there.

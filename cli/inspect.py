@@ -111,7 +111,7 @@ def inspect(
 
     subjects = [Subject.parse(each) for each in compare or ()]
     config = InspectConfig(
-        subjects=tuple(subjects) or (Subject(policy or "gate", sparsity),),
+        subjects=tuple(subjects) or (Subject(policy=policy or "gate", sparsity=sparsity),),
         **settings(ctx, InspectConfig),
     )
     folder = current(model)

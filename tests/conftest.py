@@ -111,8 +111,7 @@ def embedded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(None, tmp_path_factory.mktemp("embedded") / "converted", {})
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def made_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on a paragraph."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -127,6 +126,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END)
     assert len(fast) <= VOCABULARY
     return fast
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The same, made once."""
+    return made_tokenizer()
 
 
 @pytest.fixture
@@ -190,8 +195,12 @@ def task_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """What `make_workplace` makes."""
+    return make_workplace(tmp_path_factory.mktemp("workplace"), tokenizer)
+
+
+def make_workplace(place: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A working folder: a dense model, its conversion `m`, which is current, texts and a recipe."""
-    place = tmp_path_factory.mktemp("workplace")
     tiny_model("llama").save_pretrained(place / "dense")
     tokenizer.save_pretrained(place / "dense")
     convert(str(place / "dense"), place / "m", {"rank": 8, "context": 128})

@@ -45,7 +45,7 @@ class Subject(Settings):
             raise CtxpruneError(
                 f"`{sparsity}` of `{text}` is no sparsity", "write it like `sink:0.8`"
             ) from error
-        return cls(policy, level, Path(model) if model else None)
+        return cls(policy=policy, sparsity=level, model=Path(model) if model else None)
 
 
 @checked(frozen=True, config=STRICT)
