@@ -214,13 +214,13 @@ def evaluate(
         return
     if out is not None:
         check_writable(out)
-    folder = current(model)
     from ctxprune.evals.config import EvalConfig
     from ctxprune.evals.quality.evaluate import evaluate as run
     from ctxprune.evals.report.report import rich_tables
     from ctxprune.evals.results import Evaluation, measured
 
     config = EvalConfig(**settings(ctx, EvalConfig))
+    folder = current(model)
     state = Path(".ctxprune") / "eval-state.json"
     with only_data(as_json), evaluation_progress() as on_progress:
         results = run(
