@@ -6,7 +6,8 @@ No number is read from a string, nor from true or false. A whole number is a num
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from reprlib import Repr
 from typing import Annotated, Any, Self, TypeVar
 
@@ -98,7 +99,7 @@ class Settings:
         try:
             return handler(given)
         except ValidationError as error:
-            raise explained(error) from error
+            raise explained(error, fields=[field.name for field in fields(cls)]) from error
 
     @classmethod
     def from_mapping(cls, raw: object, source: str) -> Self:
@@ -125,15 +126,20 @@ def check(name: str, kind: Any, value: Value) -> Value:
     return checked
 
 
-def explained(error: ValidationError, name: str = "") -> CtxpruneError:
-    """The first fault in one sentence, with its key, or a name in place of it."""
+def explained(error: ValidationError, name: str = "", fields: Sequence[str] = ()) -> CtxpruneError:
+    """The first fault in one sentence, with its key, or a name in place of it.
+
+    Args:
+        fields: by which values were given that are told by their place.
+    """
     faults = error.errors(include_url=False)
     fault = faults[0]
     for other in faults:  # of a number or a word, to which a value that is a word is compared
         same = other["input"] is fault["input"] and isinstance(fault["input"], str)
         fault = other if same and other["type"] == "literal_error" else fault
     kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
-    key = name or _key(fault["loc"])
+    first, *inner = fault["loc"] or ("",)
+    key = name or _key((fields[first] if isinstance(first, int) and fields else first, *inner))
     if kind == "literal_error" and isinstance(value, str):
         try:
             choose(f"value of {key}", value, re.findall(r"'(.*?)'", context["expected"]))

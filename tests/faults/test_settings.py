@@ -1,4 +1,4 @@
-"""Recipes, `ctxprune.json` and the metadata of adapters: refused in one sentence, or right."""
+"""`ctxprune.json`, the metadata of adapters and any bytes: refused in one sentence, or right."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from outcome import ctxprune, files_of, refused
+from outcome import ctxprune, refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,97 +21,6 @@ from ctxprune.pruner.checkpoints.settings import AdapterSettings, FolderSettings
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.parsing import json_of, yaml_of
 from ctxprune.pruner.schema import Settings
-
-EVAL = "{name: e, eval: {model: m, sparsity: [0, 0.5]}}"
-BILLIONS = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{new}: &{new} [{','.join([f'*{old}'] * 10)}]\n"
-    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
-)
-GRID = ", ".join(f"{key}: {[*range(1000)]}" for key in ("seed", "steps", "context"))
-
-# What stands in a recipe, and words of the sentence that refuses it.
-RECIPES: dict[str, tuple[str | bytes, str]] = {
-    "not UTF-8": (b"steps: \xff\xfe", "UTF-8"),
-    "NUL": (b"steps: [\0]", "not valid YAML"),
-    "no YAML": ("steps: [", "not valid YAML"),
-    "a tab": ("steps:\n\t- a", "not valid YAML"),
-    "empty": ("", "a mapping is needed"),
-    "a list": ("- steps", "a mapping is needed"),
-    "a word": ("steps", "a mapping is needed"),
-    "a number": ("5", "a mapping is needed"),
-    "two documents": ("steps: []\n---\nsteps: []", "not valid YAML"),
-    "nested aliases": (BILLIONS, "stands for more than"),
-    "an alias of itself": ("steps: &a [*a]", "holds itself"),
-    "an unknown alias": ("steps: *a", "not valid YAML"),
-    "deep": ("steps: " + "[" * 400 + "]" * 400, "deep"),
-    "a key twice": ("steps: []\nsteps: []", "is a second `steps`"),
-    "a tag": ("steps: !!python/object:os.system {}", "has the tag"),
-    "five megabytes": ("#" * 5_000_000, "is larger than"),
-    "no steps": ("expect: []", "steps"),
-    "an unknown key": (f"steps: [{EVAL}]\nexpct: []", "did you mean `expect`"),
-    "steps of nothing": ("steps: []", "must not be an empty list"),
-    "steps that are a word": ("steps: eval", "steps must be a list"),
-    "a step that is a word": ("steps: [eval]", "item 1 of steps must be a mapping"),
-    "a step without a command": ("steps: [{name: a}]", "needs one command, not 0"),
-    "a step of two commands": ("steps: [{eval: {}, tune: {}}]", "needs one command, not 2"),
-    "an unknown command": ("steps: [{evl: {}}]", "did you mean `eval`"),
-    "a name that is a number": ("steps: [{name: 5, eval: {model: m}}]", "must be text, not 5"),
-    "a name with a slash": ("steps: [{name: ../a, eval: {model: m}}]", "cannot be the name"),
-    "the same name twice": (f"steps: [{EVAL}, {EVAL}]", "two steps called `e`"),
-    "options that are a list": ("steps: [{eval: [1]}]", "has no options, but [1]"),
-    "an unknown option": ("steps: [{eval: {model: m, limt: 5}}]", "did you mean `limit`"),
-    "no model": ("steps: [{eval: {}}]", "model is missing"),
-    "a model that is not there": ("steps: [{eval: {model: nowhere}}]", "nowhere"),
-    "a number as a word": ("steps: [{tune: {model: m, steps: '3'}}]", "steps must be a whole"),
-    "not a number": ("steps: [{tune: {model: m, lr: .nan}}]", "lr must be a finite number"),
-    "infinity": ("steps: [{tune: {model: m, lr: .inf}}]", "lr must be a finite number"),
-    "beyond 64 bits": ("steps: [{tune: {model: m, steps: 99999999999999999999}}]", "at most"),
-    "a level of 1": ("steps: [{tune: {model: m, sparsity: 1}}]", "must be less than 1"),
-    "yes as a number": ("steps: [{tune: {model: m, steps: yes}}]", "steps must be a whole number"),
-    "an empty grid": ("steps: [{tune: {model: m, grid: {}}}]", "empty"),
-    "a grid of an empty list": ("steps: [{tune: {model: m, grid: {seed: []}}}]", "is empty"),
-    "a grid that is a list": ("steps: [{tune: {model: m, grid: [1]}}]", "is not understood"),
-    "a grid of an unknown option": (
-        "steps: [{tune: {model: m, grid: {sed: [1]}}}]",
-        "did you mean `seed`",
-    ),
-    "a grid of a thousand million": (
-        f"steps: [{{tune: {{model: m, grid: {{{GRID}}}}}}}]",
-        "make its grid smaller",
-    ),
-    "expectations that are a word": (f"steps: [{EVAL}]\nexpect: {{}}", "expect must be a list"),
-    "an expectation of words": (f"steps: [{EVAL}]\nexpect: [good]", "is not understood"),
-    "of an unknown step": (f"steps: [{EVAL}]\nexpect: [f 0 perplexity <= 5]", "unknown eval step"),
-    "of an unknown level": (f"steps: [{EVAL}]\nexpect: [e 0.7 perplexity <= 5]", "unknown level"),
-    "of an unknown figure": (f"steps: [{EVAL}]\nexpect: [e 0 perplexty <= 5]", "did you mean"),
-    "of a task that is not run": (
-        f"steps: [{EVAL}]\nexpect: [e 0 tasks.retrieval.acc >= 0.5]",
-        "tasks",
-    ),
-    "of a level of 2": (f"steps: [{EVAL}]\nexpect: [e 2 perplexity <= 5]", "must be less than 1"),
-    "without a sign": (f"steps: [{EVAL}]\nexpect: [e 0 perplexity 5]", "is not understood"),
-}
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_refused_before_its_first_step(
-    name: str, workplace: Path, tmp_path: Path
-) -> None:
-    text, words = RECIPES[name]
-    recipe = tmp_path / "r.yaml"
-    recipe.write_bytes(text if isinstance(text, bytes) else text.encode())
-    (tmp_path / "m").symlink_to(workplace / "m")
-    before = files_of(tmp_path)
-    refused(ctxprune("run", "r.yaml", cwd=tmp_path), words)
-    assert files_of(tmp_path) == before
-
-
-def test_a_metric_of_lm_eval_may_have_a_comma() -> None:
-    raw = {"steps": [{"eval": {"model": "m", "tasks": ["piqa"]}}]}
-    text = "eval 0.5 tasks.piqa.acc,none >= 0.98 * eval 0 tasks.piqa.acc,none"
-    (expectation,) = recipes.parse("mine", {**raw, "expect": [text]}).expect
-    assert expectation.text == text
-
 
 # What stands in `ctxprune.json`: the keys that are set in it, or the file; and what refuses it.
 FOLDERS: dict[str, tuple[Any, str]] = {
@@ -279,15 +188,6 @@ def mutated(draw: Any, originals: list[Any]) -> Any:
 
 def _told(error: CtxpruneError) -> None:
     assert error.message and len(error.message) < 10_000
-
-
-@settings(max_examples=1000, deadline=None)
-@given(mutated(SHIPPED))
-def test_any_recipe_is_taken_or_refused(raw: Any) -> None:
-    try:
-        recipes.check(recipes.parse("mine", raw))
-    except CtxpruneError as error:
-        _told(error)
 
 
 @settings(max_examples=1000, deadline=None)
