@@ -31,7 +31,8 @@ test check: setup
 
 # The same, all model types, and the laws and the callers on both ends of the range of transformers.
 test-all: test $(ENDS:%=.venvs/%/ready)
-	$(BIN)/python -m pytest -q -m zoo tests/test_decoders.py tests/test_families.py
+	$(BIN)/python -m pytest -q -m zoo tests/test_decoders.py tests/test_families.py \
+		tests/test_recipes.py
 	for end in $(ENDS); do \
 		.venvs/$$end/bin/python -m pytest -q -m "not zoo" tests/test_laws.py \
 			tests/test_callers.py tests/test_decoders.py tests/test_families.py || exit; \

@@ -265,7 +265,9 @@ TINY: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m-gpu", "smollm2-1.7b-gpu"])
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m-gpu", pytest.param("smollm2-1.7b-gpu", marks=pytest.mark.zoo)]
+)
 def test_the_recipes_for_a_gpu_go_through(
     name: str, text_file: Path, task_folder: Path, tmp_path: Path
 ) -> None:

@@ -190,7 +190,7 @@ DAMAGED: dict[str, tuple[Damage, tuple[str, ...], str]] = {
     "levels: of other layers": (
         edit("ctxprune.json", config={"rank": 8, "levels": {"0.5": [0.5]}, "tuned": 0.5}),
         ("eval", "generate", "export"),
-        "are not of 3 layers",
+        "the model has 3 with a gate",
     ),
 }
 CASES = [(name, command) for name, (_, some, _) in DAMAGED.items() for command in some]

@@ -110,13 +110,11 @@ def test_an_adapter_that_holds_none(folders: Folders, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     file = tmp_path / "lora" / "adapter.ctxprune"
     from ctxprune.pruner.checkpoints import adapter
-    from ctxprune.pruner.config import PruneConfig
 
     read = adapter.read(file)
     name = sorted(read.lora)[0]
     read.lora[name][0, 0] = NAN
-    config = PruneConfig.from_mapping(read.about["config"], "a test")
-    adapter.write(file, read, config)
+    adapter.write(file, read)
     convert = ["convert", str(folders.plain), "--adapter", str(file), "--out", "again"]
     refused(ctxprune(*convert, cwd=tmp_path), "holds NaN or infinity", name)
 

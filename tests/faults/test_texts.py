@@ -171,7 +171,7 @@ def test_a_text_that_will_not_do(
     ("name", "content", "field", "said"),
     [
         ("a.jsonl", LINE, "story", "no field 'story', but 'text'"),
-        ("a.jsonl", LINE, "", "no field ''"),
+        ("a.jsonl", LINE, "", "text_field must not be empty"),
         ("a.csv", b"text\nIt was\n", "story", "no field 'story', but 'text'"),
         ("a.json", b'[{"text": "It was"}]', "story", "no field 'story', but 'text'"),
         ("a.jsonl", b'{"text": {"a": 1}}', "text", "neither text nor"),
@@ -276,9 +276,9 @@ SAID: dict[str, tuple[list[str], bytes, str]] = {
     "stdin: to chat": (["chat"], b"caf\xe9\n", "line 1 of stdin is not UTF-8"),
     "stdin: to inspect": (["inspect", "--text", "-"], b"\xff\xfe", "stdin is not UTF-8"),
     "stdin: nothing to inspect": (["inspect", "--text", "-"], b"", "text is empty"),
-    "an argument": (["generate", "caf\udce9"], b"", "is not valid Unicode"),
-    "one of two": (["generate", "It was", "caf\udce9"], b"", "text 2 of the prompts"),
-    "what ends it": (["generate", "It was", "--stop", "\udce9"], b"", "is not valid Unicode"),
+    "an argument": (["generate", "caf\udce9"], b"", "must be whole characters"),
+    "one of two": (["generate", "It was", "caf\udce9"], b"", "item 2 of prompt"),
+    "what ends it": (["generate", "It was", "--stop", "\udce9"], b"", "must be whole characters"),
 }
 
 
