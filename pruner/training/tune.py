@@ -68,7 +68,6 @@ from ctxprune.pruner.training.objective import (
 STATE = "state.safetensors"
 # What a run that diverged may be resumed with less of.
 RATES = ("gate_lr", "local_lr", "lr")
-MOST = 1e36
 # What attention modules call the dropout of their weights; any other is refused when it is met.
 DROPOUTS = (
     "attention_dropout",
@@ -200,7 +199,6 @@ def tune(
         Interrupted: after a KeyboardInterrupt, with the state saved.
     """
     refuse_existing(out, force=force)
-    _check_rates(config)
     work = beside(out, ".tuning")
     where = place(config.device, "float32")
     if where.device.index is not None:
@@ -478,16 +476,6 @@ def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tens
             "give more text, a smaller `--max-length`, or a text for `--validation-data`",
         )
     return train[:-spare], train[-spare:][:count]
-
-
-def _check_rates(config: TuneConfig) -> None:
-    """Raise CtxpruneError for a learning rate with which no optimizer can compute in float32."""
-    for name in RATES:
-        if not getattr(config, name) <= MOST:
-            raise CtxpruneError(
-                f"{name} {getattr(config, name):g} is beyond what float32 can compute with",
-                "give one below 1",
-            )
 
 
 def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:
