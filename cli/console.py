@@ -18,6 +18,9 @@ from rich.text import Text
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.files import write_text
 
+# Characters of a message that are printed.
+LONGEST = 500
+
 
 class Console(console.Console):
     """A console that tells if nobody reads it, where rich ends the process."""
@@ -73,7 +76,10 @@ def mute() -> None:
 
 def fail(error: CtxpruneError) -> None:
     """A mistake of the user: what is wrong, and what to do."""
-    complain(f"error: {error.message}")
+    told = error.message
+    if len(told) > LONGEST:  # a name of any length may be in it
+        told = f"{told[: LONGEST // 2]} ... {told[-LONGEST // 2 :]}"
+    complain(f"error: {told}")
     if error.hint:
         complain(f"\nhint: {error.hint}")
 

@@ -211,20 +211,22 @@ def check_writable(path: Path) -> None:
         pass
 
 
-def check_room(path: Path, size: int) -> None:
-    """Raise CtxpruneError if so many bytes can't be written there, as far as that can be known."""
+def check_room(path: Path, *sizes: int) -> None:
+    """Raise CtxpruneError if files of so many bytes can't be written there, as far as is known."""
     there = next(folder for folder in (path, *_real(path).parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
-    if free < size:
+    if free < sum(sizes):
         raise CtxpruneError(
-            f"`{path}` takes {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are left on its disk",
+            f"`{path}` takes {sum(sizes) / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are left on its "
+            "disk",
             "free some, or choose another place",
         )
     if sys.platform != "win32":
         most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        if 0 <= most < size:
+        if 0 <= most < max(sizes):
             raise CtxpruneError(
-                f"`{path}` takes {size / 1e6:,.1f} MB, and files may have {most / 1e6:,.1f} MB",
+                f"`{path}` has a file of {max(sizes) / 1e6:,.1f} MB, and they may have "
+                f"{most / 1e6:,.1f} MB here",
                 "raise `ulimit -f`",
             )
 

@@ -184,3 +184,25 @@ def task_folder(tmp_path: Path) -> Path:
     folder.mkdir()
     write_tasks(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A working folder: a dense model, its conversion `m`, which is current, texts and a recipe."""
+    place = tmp_path_factory.mktemp("workplace")
+    tiny_model("llama").save_pretrained(place / "dense")
+    tokenizer.save_pretrained(place / "dense")
+    convert(str(place / "dense"), place / "m", {"rank": 8, "context": 128})
+    (place / ".ctxprune").mkdir()
+    (place / ".ctxprune" / "current").write_text("m\n")
+    (place / "text.txt").write_text("\n".join(f"Chapter {n}. {TEXT}" for n in range(20)))
+    (place / "short.txt").write_text(TEXT * 2)
+    tune = "data: text.txt, valid: short.txt, steps: 3, context: 64, batch_size: 1, save_every: 2"
+    evaluate = "text: text.txt, context: 64, tokens: 256, sparsity: [0, 0.5], policy: window"
+    (place / "recipe.yaml").write_text(
+        "steps:\n"
+        "  - {name: c, convert: {source: dense, rank: 8}}\n"
+        f"  - {{name: t, tune: {{model: c, sparsity: 0.5, {tune}}}}}\n"
+        f"  - {{name: e, eval: {{model: t, {evaluate}}}}}\n"
+    )
+    return place

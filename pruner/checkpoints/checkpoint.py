@@ -35,6 +35,7 @@ from ctxprune.pruner.checkpoints import hub, interop
 from ctxprune.pruner.config import PruneConfig, check_sparsity
 from ctxprune.pruner.decoder import check_type, decoder_of
 from ctxprune.pruner.device import AUTO, DeviceMap, Place, place
+from ctxprune.pruner.engine.handle import GATES as MODULES
 from ctxprune.pruner.engine.handle import attach, handle_of, new_gates
 from ctxprune.pruner.errors import CtxpruneError, first_line
 from ctxprune.pruner.files import check_name, recover, unlock
@@ -102,8 +103,9 @@ def write(
 
 
 def size(model: nn.Module) -> int:
-    """Bytes that the weights of a model take in a folder."""
-    return sum(each.numel() * each.element_size() for each in model.parameters())
+    """Bytes that the weights of a model take in a folder, without its gates."""
+    weights = (each for name, each in model.named_parameters() if f"{MODULES}." not in name)
+    return sum(each.numel() * each.element_size() for each in weights)
 
 
 def complete(

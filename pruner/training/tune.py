@@ -265,9 +265,9 @@ def _tune(
         within = config.max_tokens // tokens - config.ahead
         steps = min(config.steps, max(within, 0 if config.ahead else 1))
         config = dataclasses.replace(config, steps=steps)
-    # Weights once, and twice what is trained, with its two moments: a state is replaced by another.
-    trained = 4 * sum(each.numel() for group in parameters for each in group["params"])
-    check_room(out, checkpoint.size(model) + 2 * 3 * trained)
+    # A state has what is trained and its two moments; it is replaced by another.
+    state = 3 * sum(4 * each.numel() for group in parameters for each in group["params"])
+    check_room(out, checkpoint.size(model), state, state)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
     run = _Run(work, folder, config, trainee, optimizer)
     start = run.restore() if resume else 0
