@@ -24,6 +24,7 @@ from ctxprune.cli.options import (
     Seed,
     numbers,
     settings,
+    whole,
     words,
 )
 from ctxprune.cli.workspace import current
@@ -80,7 +81,7 @@ def bench(
         typer.Option(
             "--batch-size",
             help="Batch sizes, comma-separated; default: 1,8.",
-            callback=numbers,
+            callback=whole,
             rich_help_panel=MEASURED,
         ),
     ] = None,
@@ -89,7 +90,7 @@ def bench(
         typer.Option(
             "--context-length",
             help="Tokens of the prompts, comma-separated; default: 512.",
-            callback=numbers,
+            callback=whole,
             rich_help_panel=MEASURED,
         ),
     ] = None,
@@ -186,12 +187,12 @@ def bench(
     if training and "batch" in options:
         if len(options["batch"]) > 1:
             raise CtxpruneError("steps of tuning are measured at one batch size")
-        options["batch"] = int(options["batch"][0])
+        options["batch"] = options["batch"][0]
     for name in {*settings(ctx, other)} - {*options}:
         _refuse(ctx, name, training)
     if training and plot_file is not None:
         _refuse(ctx, "plot_file", training)
-    config = kind.from_mapping(options, "the options")
+    config = kind(**options)
     folder = None if architecture is not None else current(model)
     with only_data(as_json):
         if isinstance(config, TrainingCostConfig):
@@ -217,24 +218,27 @@ def _refuse(ctx: typer.Context, name: str, training: bool) -> None:
 
 def _speed(folder: Path | None, config: BenchConfig, plot_file: Path | None) -> dict[str, Any]:
     """Measure prefill and decoding, and print a table."""
+    from ctxprune.evals.results import Benchmark, measured
     from ctxprune.evals.speed.bench import bench as run
     from ctxprune.evals.speed.speed_report import plot, rich_table
 
     state = Path(".ctxprune") / "bench-state.json"
     results = run(folder, config, state=state, on_event=say)
+    typed = measured(Benchmark, results)
     if plot_file is not None:
-        plot(results, plot_file)
+        plot(typed, plot_file)
         say(f"wrote {plot_file}")
-    stdout.print(rich_table(results))
+    stdout.print(rich_table(typed))
     return results
 
 
 def _training(folder: Path, config: TrainingCostConfig) -> dict[str, Any]:
     """Measure steps of tuning, and print a table."""
     from ctxprune.evals.report.tables import terminal_table
+    from ctxprune.evals.results import Training, measured
     from ctxprune.evals.speed.training_cost import training_cost
     from ctxprune.evals.speed.training_report import table
 
     results = training_cost(folder, config, on_event=say)
-    stdout.print(terminal_table(table(results)))
+    stdout.print(terminal_table(table(measured(Training, results))))
     return results

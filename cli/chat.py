@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctxprune.cli.console import complain, fail, say, stream
+from ctxprune.cli.console import complain, fail, read_lines, say, stream
 from ctxprune.cli.options import (
     TEXT,
     Device,
@@ -78,7 +78,7 @@ def chat(
 
     With `--sparsity 0` they are those of the cap alone.
     """
-    config = ChatConfig.from_mapping(settings(ctx, ChatConfig), "the options")
+    config = ChatConfig(**settings(ctx, ChatConfig))
     folder = current(model)
     from ctxprune.pruner.checkpoints.checkpoint import load_off, load_tokenizer
     from ctxprune.pruner.conversation import Conversation
@@ -95,7 +95,7 @@ def chat(
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         say("; ".join(f"{name}: {what}" for name, what in COMMANDS.items()))
-    for line in _typed() if at_terminal else sys.stdin:
+    for line in _typed() if at_terminal else read_lines():
         try:
             if not _obey(line.strip(), conversation):
                 break

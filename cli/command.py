@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ctxprune.cli.console import err
 from ctxprune.cli.options import RENAMED
 from ctxprune.pruner.errors import Interrupted
+from ctxprune.pruner.words import line
 
+# What a command that is not understood raises: typer exports what comes of it alone.
+USAGE: Any = typer.BadParameter.__base__
 # The exit code of what Ctrl-C, SIGTERM or SIGHUP ended: 128 and the number of the first.
 INTERRUPTED = 130
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -107,7 +112,27 @@ class Command(TyperCommand):
         """Parse arguments, old names of options among them."""
         known = {name for param in self.params for name in param.opts}
         end = args.index("--") if "--" in args else len(args)
-        return super().parse_args(ctx, [_renamed(a, known) for a in args[:end]] + args[end:])
+        with _quoted():
+            return super().parse_args(ctx, [_renamed(a, known) for a in args[:end]] + args[end:])
+
+
+class Commands(TyperGroup):
+    """The commands."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is named, and its arguments."""
+        with _quoted():
+            return super().resolve_command(ctx, args)
+
+
+@contextmanager
+def _quoted() -> Iterator[None]:
+    """Let a refusal say what was typed as words, whatever a terminal would make of it."""
+    try:
+        yield
+    except USAGE as error:
+        error.message = line(error.message)
+        raise
 
 
 def _renamed(argument: str, known: set[str]) -> str:

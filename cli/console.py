@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from rich import console
 from rich.live import Live
 from rich.text import Text
 
+from ctxprune.pruner import words
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.files import write_text
 
@@ -30,22 +30,33 @@ class Console(console.Console):
         raise
 
 
+class Plain(Console):
+    """A terminal for which a text, a cell and a title mean nothing: no markup, no escapes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A text as it is printed, wherever it stands."""
+        return super().render_str(words.terminal(text), **options)
+
+
 # In a pipe there is no width to fit: a table keeps its columns whole.
-out = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
+out = Plain(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
 # What `--quiet` silences, and what it does not.
-err = Console(stderr=True)
-errors = Console(stderr=True)
+err = Plain(stderr=True)
+errors = Plain(stderr=True)
 
 
 def say(line: str) -> None:
     """One line of what is going on."""
-    err.print(line, markup=False, highlight=False, soft_wrap=True)
+    err.print(words.line(line), soft_wrap=True)
 
 
-def complain(line: str) -> None:
-    """One line of what went wrong; it is printed with `--quiet` too."""
+def complain(text: str) -> None:
+    """What went wrong; it is printed with `--quiet` too."""
     with suppress(OSError):  # nobody is there to be told, or nothing can be written
-        errors.print(line, markup=False, highlight=False, soft_wrap=True)
+        errors.print(text, soft_wrap=True)
 
 
 def open_streams() -> None:
@@ -76,12 +87,12 @@ def mute() -> None:
 
 def fail(error: CtxpruneError) -> None:
     """A mistake of the user: what is wrong, and what to do."""
-    told = error.message
+    told = words.line(error.message)
     if len(told) > LONGEST:  # a name of any length may be in it
         told = f"{told[: LONGEST // 2]} ... {told[-LONGEST // 2 :]}"
     complain(f"error: {told}")
     if error.hint:
-        complain(f"\nhint: {error.hint}")
+        complain(f"\nhint: {words.line(error.hint)}")
 
 
 @contextmanager
@@ -91,14 +102,36 @@ def only_data(wanted: bool) -> Iterator[None]:
         yield
 
 
+def read_text() -> str:
+    """What stdin holds.
+
+    Raises:
+        CtxpruneError: it is not UTF-8.
+    """
+    return "".join(read_lines())
+
+
+def read_lines() -> Iterator[str]:
+    """The lines of stdin, as they come; raises as `read_text`."""
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            raise CtxpruneError(
+                f"line {number} of stdin is not UTF-8: {error.reason}", "convert it first"
+            ) from error
+
+
 def data(value: Any, indent: int | None = 2) -> None:
     """A result as JSON on stdout."""
-    sys.stdout.write(json.dumps(value, indent=indent) + "\n")
+    from ctxprune.evals.results import dumps
+
+    sys.stdout.write(dumps(value, indent) + "\n")
 
 
 def stream(text: str) -> None:
-    """A piece of generated text on stdout, at once."""
-    sys.stdout.write(text)
+    """A piece of generated text on stdout, at once; a terminal obeys nothing in it."""
+    sys.stdout.write(words.terminal(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
@@ -114,9 +147,7 @@ def shaded(pieces: Sequence[str], shares: Sequence[float]) -> Text:
     """
     text = Text()
     for piece, share in zip(pieces, shares, strict=True):
-        # Escapes of a terminal in the text are not for the terminal.
-        plain = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
-        text.append(plain, next(style for least, style in SHADES if share >= least))
+        text.append(words.terminal(piece), next(style for least, style in SHADES if share >= least))
     return text
 
 
@@ -151,4 +182,6 @@ def live_memory() -> Iterator[Callable[[list[str], list[float]], None]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a result as JSON, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    from ctxprune.evals.results import dumps
+
+    write_text(path, dumps(value, 2) + "\n")

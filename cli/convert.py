@@ -81,7 +81,15 @@ def convert(
         bool,
         typer.Option(
             "--trust-remote-code",
-            help="Let a hub repository run its own code.",
+            help="Let a hub repository or a folder run its own code.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False,
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option(
+            "--allow-nonfinite",
+            help="Take weights that hold NaN or infinity, where the model never uses them.",
             rich_help_panel=MODEL,
         ),
     ] = False,
@@ -102,9 +110,11 @@ def convert(
         gates_only=gates_only,
         force=force,
         trust_remote_code=trust_remote_code,
+        allow_non_finite=allow_nonfinite,
+        on_event=say,
         dtype=dtype or "auto",
     )
     set_current(folder)
-    say(checkpoint.read_settings(folder)["layers"])
+    say(checkpoint.read_settings(folder).layers)
     following = "eval" if adapter else "tune --sparsity 0.8"
     say(f"wrote {folder}, now the current model; next: ctxprune {following}")

@@ -31,6 +31,7 @@ from ctxprune.cli.options import (
 from ctxprune.cli.progress import evaluation_progress
 from ctxprune.cli.workspace import current
 from ctxprune.pruner.files import check_writable
+from ctxprune.pruner.words import line
 
 EXAMPLES = """
 Examples:
@@ -41,7 +42,7 @@ Examples:
 
   ctxprune eval --tasks gsm8k --num-fewshot 5 --apply-chat-template --limit 100
 
-  ctxprune eval --tasks retrieval,last_word --lengths 1024,2048 --text book.txt
+  ctxprune eval --tasks retrieval,multi_key,conversation --lengths 1024,2048 --text book.txt
 
   ctxprune eval --policy h2o --evict prompt --max-length 1280 --prompt 1024 --sparsity 0.8
 
@@ -64,8 +65,9 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="fidelity, retrieval, last_word, and lm-eval's tasks, groups and tags, "
-            "comma-separated.",
+            help="Comma-separated: fidelity; retrieval, multi_key, multi_value, variable_tracking, "
+            "counting (facts in a long text); conversation; last_word; and lm-eval's tasks, groups "
+            "and tags.",
             callback=words,
             rich_help_panel=TASKS,
         ),
@@ -135,7 +137,7 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text for perplexity, fidelity, retrieval, last_word: file or datasets name.",
+            help="Text for perplexity and our own tasks: file or datasets name.",
             rich_help_panel=TEXT,
         ),
     ] = None,
@@ -165,7 +167,8 @@ def evaluate(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Prompt lengths of retrieval, comma-separated; default: 1024,2048,4096.",
+            help="Prompt lengths of the tasks with facts in a long text, comma-separated; "
+            "default: 1024,2048,4096.",
             callback=whole,
             rich_help_panel=TEXT,
         ),
@@ -181,8 +184,9 @@ def evaluate(
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Documents a task; default: all. Of retrieval, prompts a length and depth: 10; "
-            "of last_word: 500; of fidelity, texts of a kind: 32.",
+            help="Documents a task; default: all. Of tasks with facts in a long text, prompts a "
+            "length and depth: 10; of conversation: 16; of last_word: 500; of fidelity, texts of a "
+            "kind: 32.",
             rich_help_panel=WORK,
         ),
     ] = None,
@@ -215,12 +219,13 @@ def evaluate(
     for path in (out, log_samples and log_samples / "samples.jsonl"):
         if path is not None:
             check_writable(path)
-    folder = current(model)
     from ctxprune.evals.config import EvalConfig
     from ctxprune.evals.quality.evaluate import evaluate as run
     from ctxprune.evals.report.report import rich_tables
+    from ctxprune.evals.results import Evaluation, measured
 
-    config = EvalConfig.from_mapping(settings(ctx, EvalConfig), "the options")
+    config = EvalConfig(**settings(ctx, EvalConfig))
+    folder = current(model)
     state = Path(".ctxprune") / "eval-state.json"
     with only_data(as_json), evaluation_progress() as on_progress:
         results = run(
@@ -229,7 +234,7 @@ def evaluate(
         if out is not None:
             write_json(out, results)
             say(f"wrote {out}")
-        for table in rich_tables([results]):
+        for table in rich_tables([measured(Evaluation, results)]):
             stdout.print(table)
     if as_json:
         data(results)
@@ -241,4 +246,4 @@ def _list(include_path: Path | None) -> None:
     from ctxprune.evals.quality.tasks import listed
 
     names = [*((name, "task of ctxprune") for name in OWN_TASKS), *listed(include_path)]
-    sys.stdout.write("".join(f"{name}\t{kind}\n" for name, kind in names))
+    sys.stdout.write("".join(f"{line(name)}\t{kind}\n" for name, kind in names))

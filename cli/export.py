@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,17 +51,16 @@ def export(
     folder = current(model)
     from ctxprune.pruner.checkpoints import export as exporting
 
-    measured = ""
-    if merged and merged.alone is None:
-        from ctxprune.evals.report.report_page import markdown
+    told: dict[str, Any] = {}
+    if merged:
+        from ctxprune.evals.report.on_card import on_card
 
-        measured = markdown(merged, level=0, provenance=False)
+        told = on_card(merged)
     exporting.export(
         folder,
         out,
+        **told,
         force=force,
-        results=merged.evaluations if merged else [],
-        measured=measured,
         repository=push_to_hub,
         dtype=dtype or "auto",
     )

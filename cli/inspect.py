@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import data, legend, only_data, say, shaded
+from ctxprune.cli.console import data, legend, only_data, read_text, say, shaded
 from ctxprune.cli.console import out as stdout
 from ctxprune.cli.options import (
     EVICTION,
@@ -112,7 +111,7 @@ def inspect(
 
     subjects = [Subject.parse(each) for each in compare or ()]
     config = InspectConfig(
-        subjects=tuple(subjects) or (Subject(policy or "gate", sparsity),),
+        subjects=tuple(subjects) or (Subject(policy=policy or "gate", sparsity=sparsity),),
         **settings(ctx, InspectConfig),
     )
     folder = current(model)
@@ -149,7 +148,7 @@ def inspect(
 def _read(source: str | None, tokens: int) -> str:
     """As much of a text as so many tokens may take."""
     if source == "-":
-        return sys.stdin.read()[: CHARACTERS * tokens]
+        return read_text()[: CHARACTERS * tokens]
     from ctxprune.pruner.data import read_texts
 
     read = ""

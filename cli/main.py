@@ -10,12 +10,12 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import ctxprune
 from ctxprune.cli import (
     bench,
     chat,
@@ -29,7 +29,16 @@ from ctxprune.cli import (
     run,
     tune,
 )
-from ctxprune.cli.command import HELP, INTERRUPTED, Command, Quiet, Verbose, hush, is_verbose
+from ctxprune.cli.command import (
+    HELP,
+    INTERRUPTED,
+    Command,
+    Commands,
+    Quiet,
+    Verbose,
+    hush,
+    is_verbose,
+)
 from ctxprune.cli.console import complain, fail, mute, open_streams, out
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.files import refusal, writing
@@ -40,6 +49,7 @@ CRASHED = 70
 
 app = typer.Typer(
     name="ctxprune",
+    cls=Commands,
     help="Teach a pretrained causal LM to forget: learned eviction from its own KV cache.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -63,7 +73,7 @@ for name, command, examples in (
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(f"ctxprune {version('ctxprune')}", highlight=False)
+        out.print(f"ctxprune {ctxprune.__version__}", highlight=False)
         raise typer.Exit
 
 
@@ -155,7 +165,7 @@ def _crash(error: Exception) -> None:
             encoding="utf-8",
             errors="backslashreplace",
         ) as log:
-            log.write(f"ctxprune {version('ctxprune')}: {' '.join(sys.argv[1:])}\n\n{told}")
+            log.write(f"ctxprune {ctxprune.__version__}: {' '.join(sys.argv[1:])}\n\n{told}")
     except OSError:  # a full disk may be what it crashed of
         complain(f"{told}\n{what}\n\nhint: {report} the traceback above")
         return

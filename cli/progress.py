@@ -12,6 +12,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from ctxprune.cli.console import err, say
+from ctxprune.pruner import words
 
 if TYPE_CHECKING:
     from ctxprune.evals.quality.work import Progress
@@ -44,7 +45,7 @@ def evaluation_progress() -> Iterator[Callable[[Progress], None]]:
         task = bar.add_task("", total=1.0, left="", visible=False)
         yield lambda progress: bar.update(
             task,
-            description=progress.label,
+            description=words.line(progress.label),
             completed=progress.share,
             left=progress.left,
             visible=True,
@@ -93,7 +94,7 @@ def tuning_progress() -> Iterator[TuningProgress]:
             bar.update(passes, total=total, completed=done, left=_left(seconds), visible=True)
 
         def on_phase(line: str) -> None:
-            bar.console.print(line, markup=False, highlight=False)
+            bar.console.print(words.line(line))
 
         yield TuningProgress(on_step, on_phase, on_calibration)
 

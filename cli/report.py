@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,19 +62,11 @@ def read(paths: Sequence[Path]) -> Merged:
     Raises:
         CtxpruneError: there are none, or one is no JSON or holds no results.
     """
+    from ctxprune.evals import results
     from ctxprune.evals.report.merged import merge
 
     if not paths:
         raise CtxpruneError(
             "no results were given", "give files that `eval --out` or `bench --out` wrote"
         )
-    contents = []
-    for path in paths:
-        try:
-            contents.append((str(path), json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError) as error:
-            raise CtxpruneError(
-                f"`{path}` cannot be read as JSON: {error}",
-                "give a file that `eval --out` or `bench --out` wrote",
-            ) from error
-    return merge(contents)
+    return merge([(str(path), results.read(path)) for path in paths])

@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ctxprune import recipes
 from ctxprune.cli.console import complain, data, only_data, say
 from ctxprune.cli.options import OUTPUT, Json
-from ctxprune.cli.work import Work, check
 from ctxprune.pruner.errors import Interrupted
 from ctxprune.pruner.files import claimed
 
@@ -38,9 +36,12 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe; exit code 1 if one of its expectations is missed."""
+    from ctxprune import recipes
+    from ctxprune.cli.work import Work
+
     plan = recipes.load(recipe)
     work = Work(out or Path("runs") / plan.name)
-    check(plan)
+    recipes.check(plan)
     with claimed(work.out / "recipe"), only_data(as_json):
         if fresh:
             work.forget(plan)

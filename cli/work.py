@@ -1,11 +1,11 @@
-"""The steps of a recipe: checked before the first one runs, and done in one folder."""
+"""The steps of a recipe, done in one folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,92 +13,9 @@ from ctxprune.cli.console import out as stdout
 from ctxprune.cli.console import say, write_json
 from ctxprune.cli.generate import write
 from ctxprune.cli.progress import evaluation_progress, tuning_progress
-from ctxprune.pruner.errors import CtxpruneError, choose
+from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.files import beside, remove, write_text
-from ctxprune.recipes import Recipe, Step
-
-# Options of each step beside the fields of its configuration, and those that it cannot do without.
-EXTRA: dict[str, tuple[str, ...]] = {
-    "convert": ("source", "adapter", "gates_only", "trust_remote_code"),
-    "tune": ("model",),
-    "eval": ("model",),
-    "export": ("model", "results"),
-    "generate": ("model",),
-    "report": ("of",),
-}
-NEEDED: dict[str, tuple[str, ...]] = {
-    "convert": (),
-    "tune": ("model",),
-    "eval": ("model",),
-    "export": ("model",),
-    "generate": ("model", "prompt"),
-    "report": ("of",),
-}
-# Options that name what an earlier step made, or something of the user's: what that has to be.
-BUILDS_ON = {"model": Path.is_dir, "adapter": Path.is_file}
-# Steps that make a folder, which is kept if it was finished with the same options.
-MAKERS = ("convert", "tune", "export")
-
-
-def check(plan: Recipe) -> None:
-    """Refuse unknown or missing options, and references to anything that is not there by then.
-
-    Raises:
-        CtxpruneError: naming the step.
-    """
-    from ctxprune.evals.config import EvalConfig
-    from ctxprune.pruner.config import FromMapping, GenerateConfig, PruneConfig, TuneConfig
-
-    configs: dict[str, type[FromMapping]] = {
-        "convert": PruneConfig,
-        "tune": TuneConfig,
-        "eval": EvalConfig,
-        "generate": GenerateConfig,
-    }
-    folders: list[str] = []
-    evals: list[str] = []
-    for step in plan.steps:
-        config = configs.get(step.command)
-        fields = set(config.__dataclass_fields__) if config else set()
-        for key in step.options:
-            known = fields.union(EXTRA[step.command])
-            choose(f"option of `{step.command}` in recipe `{plan.name}`", str(key), known)
-        for key in NEEDED[step.command]:
-            if not step.options.get(key):
-                raise CtxpruneError(f"step `{step.name}` of recipe `{plan.name}` needs `{key}`")
-        if config:
-            config.from_mapping(_fields(step), f"step `{step.name}`")
-        for key, is_there in BUILDS_ON.items():
-            for given in _named(step, key):
-                if not is_there(Path(given)):
-                    choose(f"`{key}` of step `{step.name}`", given, folders)
-        for name in _results_used(step):
-            choose(f"eval step in step `{step.name}`", name, evals)
-        if step.command in MAKERS:
-            folders.append(step.name)
-        if step.command == "eval":
-            evals.append(step.name)
-    for expectation in plan.expect:
-        for name in expectation.steps():
-            choose(f"eval step in `{expectation.text}`", name, evals)
-
-
-def _fields(step: Step) -> dict[str, Any]:
-    """The options of a step that belong to its configuration."""
-    return {key: value for key, value in step.options.items() if key not in EXTRA[step.command]}
-
-
-def _results_used(step: Step) -> list[str]:
-    """Names of the eval steps whose results a step reads."""
-    return _named(step, "of") + _named(step, "results")
-
-
-def _named(step: Step, key: str) -> list[str]:
-    """What an option names: nothing, one thing, or a list of them."""
-    given = step.options.get(key)
-    if given is None:
-        return []
-    return [str(name) for name in given] if isinstance(given, list) else [str(given)]
+from ctxprune.recipes import BUILDS_ON, MAKERS, Recipe, Step
 
 
 @dataclass
@@ -159,9 +76,9 @@ class Work:
         """Changes with the step's options, with the folders it builds on, and with its results."""
         parts = [json.dumps([step.command, step.options], sort_keys=True, default=str)]
         for key in BUILDS_ON:
-            notes = [self._note(name) for name in _named(step, key)]
+            notes = [self._note(name) for name in step.named(key)]
             parts += [note.read_text(encoding="utf-8") for note in notes if note.is_file()]
-        for name in _results_used(step):
+        for name in step.results:
             parts.append(json.dumps(self.results[name]["levels"], sort_keys=True))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -169,9 +86,9 @@ class Work:
         """The folder that an earlier step of this name made, if one did."""
         return self.out / name if self._note(name).is_file() else None
 
-    def _model(self, step: Step) -> Path:
+    def _model(self, step: Step, key: str = "model") -> Path:
         """The output of an earlier step, or a folder of the user's."""
-        name = str(step.options["model"])
+        name = str(step.options[key])
         return self._made(name) or Path(name)
 
     def _adapters(self, step: Step) -> list[Path]:
@@ -180,16 +97,17 @@ class Work:
 
         return [
             made / FILE if (made := self._made(name)) else Path(name)
-            for name in _named(step, "adapter")
+            for name in step.named("adapter")
         ]
 
     def _convert(self, step: Step) -> None:
         from ctxprune.pruner.checkpoints.convert import convert
+        from ctxprune.pruner.config import PruneConfig
 
         convert(
             step.options.get("source"),
             self.out / step.name,
-            _fields(step),
+            step.given(PruneConfig),
             adapter=self._adapters(step),
             gates_only=bool(step.options.get("gates_only", False)),
             force=True,
@@ -204,7 +122,7 @@ class Work:
             tune(
                 self._model(step),
                 self.out / step.name,
-                TuneConfig.from_mapping(_fields(step), f"step `{step.name}`"),
+                step.config(TuneConfig),
                 resume=(self._state(step.name) / STATE).is_file(),
                 force=True,
                 **vars(progress),
@@ -213,22 +131,34 @@ class Work:
     def _export(self, step: Step) -> None:
         from ctxprune.pruner.checkpoints.export import export
 
-        results = self.results.get(str(step.options.get("results")))
-        export(self._model(step), self.out / step.name, force=True, results=results or ())
+        told: dict[str, Any] = {}
+        if used := self._used(step):
+            from ctxprune.evals.report.merged import merge
+            from ctxprune.evals.report.on_card import on_card
+
+            told = on_card(merge([(step.name, used)]))
+        export(self._model(step), self.out / step.name, force=True, **told)
 
     def _generate(self, step: Step) -> None:
         from ctxprune.pruner.config import GenerateConfig
 
-        write(self._model(step), GenerateConfig.from_mapping(_fields(step), f"step `{step.name}`"))
+        write(self._model(step), step.config(GenerateConfig))
+
+    def _used(self, step: Step) -> list[dict[str, Any]]:
+        """The results that a step reads."""
+        return [self.results[name] for name in step.results]
 
     def _eval(self, step: Step) -> None:
         from ctxprune.evals.config import EvalConfig
         from ctxprune.evals.quality.evaluate import evaluate
 
+        config = step.config(EvalConfig)
+        if config.reference is not None:
+            config = replace(config, reference=self._model(step, "reference"))
         with evaluation_progress() as on_progress:
             results = evaluate(
                 self._model(step),
-                EvalConfig.from_mapping(_fields(step), f"step `{step.name}`"),
+                config,
                 state=self._eval_state,
                 on_event=say,
                 on_progress=on_progress,
@@ -238,9 +168,11 @@ class Work:
 
     def _report(self, step: Step) -> None:
         from ctxprune.evals.report.report import markdown, plot, rich_tables
+        from ctxprune.evals.results import Evaluation, measured
 
-        chosen = [self.results[name] for name in _results_used(step)]
-        write_json(self.out / f"{step.name}.json", chosen)
+        used = self._used(step)
+        write_json(self.out / f"{step.name}.json", used)
+        chosen = [measured(Evaluation, each) for each in used]
         write_text(self.out / f"{step.name}.md", markdown(chosen))
         plot(chosen, self.out / f"{step.name}.png")
         for table in rich_tables(chosen):

@@ -8,42 +8,44 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ctxprune import pruner
 from ctxprune.evals import quality
-from ctxprune.pruner.errors import CtxpruneError, Interrupted
+from ctxprune.evals.results import Part, checked, dumps, load_json
+from ctxprune.pruner.errors import Interrupted
 from ctxprune.pruner.files import claimed, write_text
 
 PRUNER, QUALITY = (Path(package.__path__[0]) for package in (pruner, quality))
+AFRESH = "delete it to start afresh"
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A result, and the date (UTC) on which it was measured."""
+class Kept(Part):
+    """A result, what was measured, and the date (UTC) on which it was."""
 
-    result: dict[str, Any]
+    label: str
     date: str
+    result: dict[str, Any]
 
 
 class Finished:
-    """A state file: digest of all that a measurement depends on -> its label, result and date."""
+    """A state file: digest of all that a measurement depends on -> its label, result and date.
+
+    Args:
+        path: None: nothing is kept on disk.
+
+    Raises:
+        CtxpruneError: there is something else.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._all: dict[str, dict[str, Any]] = {}
+        self._all: dict[str, Kept] = {}
         if path is not None and path.exists():
-            try:
-                self._all = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise CtxpruneError(
-                    f"`{path}` is not a state file of measurements", "delete it to start afresh"
-                ) from error
+            self._all = checked(dict[str, Kept], load_json(path, AFRESH), self._what, AFRESH)
 
     @classmethod
     @contextmanager
@@ -65,17 +67,30 @@ class Finished:
                     "interrupted; finished measurements are kept", "repeat the command to go on"
                 ) from stop
 
-    def get(self, key: str) -> Kept | None:
-        """What is kept under a digest, if there is anything."""
+    def get(self, key: str, kind: type[Part]) -> Kept | None:
+        """What is kept under a digest, if there is anything.
+
+        Args:
+            kind: what is read of the result.
+
+        Raises:
+            CtxpruneError: it is damaged.
+        """
         found = self._all.get(key)
-        return None if found is None else Kept(found["result"], found["date"])
+        if found is not None:
+            checked(kind, found.result, self._what, AFRESH)
+        return found
+
+    @property
+    def _what(self) -> str:
+        return f"the state of measurements in `{self._path}` has"
 
     def put(self, key: str, label: str, result: dict[str, Any]) -> Kept:
         """Keep a result that was measured now, on disk at once."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._all[key] = {"label": label, "date": now, "result": result}
+        self._all[key] = kept = Kept(label=label, date=now, result=result)
         self._write()
-        return Kept(result, now)
+        return kept
 
     def drop(self, keys: Iterable[str]) -> None:
         """Forget results: the next run measures anew."""
@@ -85,7 +100,8 @@ class Finished:
 
     def _write(self) -> None:
         if self._path is not None:
-            write_text(self._path, json.dumps(self._all))
+            kept = {key: each.model_dump() for key, each in self._all.items()}
+            write_text(self._path, dumps(kept))
 
 
 def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:
@@ -118,4 +134,4 @@ def code(policy: str | None) -> str:
 
 def digest(value: Any) -> str:
     """A key for anything that JSON can say."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+    return hashlib.sha256(dumps(value).encode()).hexdigest()

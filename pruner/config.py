@@ -1,36 +1,47 @@
 """What a run is told: frozen, self-checking, refusing unknown keys; the only home of defaults."""
 
-from __future__ import annotations
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, field, replace
+from typing import Annotated, Any, Literal, get_args
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic.dataclasses import dataclass
 
 from ctxprune.pruner.errors import CtxpruneError, choose
+from ctxprune.pruner.schema import (
+    ALONE,
+    LIST,
+    STRICT,
+    Count,
+    Level,
+    Name,
+    Names,
+    Natural,
+    Positive,
+    Seed,
+    Settings,
+    Share,
+    Text,
+    Tokens,
+    check,
+    shown,
+)
 
 # Tokens of a sequence between two times that a cap on rows is enforced, at most. More are cheaper
 # to read, since they make a block of queries; fewer leave less room unused.
 PERIOD = 16
-TRAINABLE = ("gates", "lora", "full")
+# Logits divided by less leave the numbers of a float16.
+LEAST_TEMPERATURE = 0.001
+Trained = Literal["gates", "lora", "full"]
+TRAINABLE: tuple[Trained, ...] = get_args(Trained)
 # What `--evict` takes: rows leave while a prompt is read, or not before its end.
-PROTOCOLS = ("reading", "prompt")
+Protocol = Literal["reading", "prompt"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
 
 def check_sparsity(value: float) -> float:
     """Return `value` if it is a share in [0, 1), else raise CtxpruneError."""
-    if not 0.0 <= value < 1.0:
-        raise CtxpruneError(
-            f"sparsity {value:g} is outside [0, 1)", "0.8 drops 80% of the context, 0 drops nothing"
-        )
-    return value
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Raise CtxpruneError if an option lies below its least value."""
-    if value < least:
-        raise CtxpruneError(f"{name} must be at least {least:g}, not {value:g}")
+    return check("sparsity", Level, value)
 
 
 def check_max_rows(rows: int, protected: int) -> None:
@@ -44,44 +55,41 @@ def check_max_rows(rows: int, protected: int) -> None:
         )
 
 
-class FromMapping:
-    """A dataclass that can be read from YAML or JSON, key by key."""
+def _known_policy(name: str) -> str:
+    from ctxprune.pruner.policies import names  # late: a policy imports torch
 
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
-
-    @classmethod
-    def from_mapping(cls, raw: Mapping[str, Any], source: str) -> Self:
-        """Build from parsed YAML or JSON.
-
-        Raises:
-            CtxpruneError: for a key that is no field (with the nearest one) or a value refused.
-        """
-        hints = get_type_hints(cls)
-        for key, value in raw.items():
-            choose(f"key in {source}", str(key), cls.__dataclass_fields__)
-            _check_scalar(f"`{key}` of {source}", value, hints[key])
-        try:
-            return cls(**raw)
-        except TypeError as error:
-            raise CtxpruneError(f"{source}: {error}") from error
+    return choose("policy", name, names())
 
 
-def _check_scalar(name: str, value: Any, hint: Any) -> None:
-    """Raise CtxpruneError unless a value fits a hint that consists of scalar types."""
-    types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    fits = type(value) in types or (type(value) is int and float in types)
-    if set(types) <= {int, float, bool, str, NoneType} and not fits:
-        wanted = " or ".join(t.__name__ for t in types if t is not NoneType)
-        raise CtxpruneError(f"{name} must be of type {wanted}, not {value!r}")
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Bonus = Annotated[float, Field(ge=0.0, le=1e6)]
+Beams = Annotated[int, Field(ge=1, le=4096)]
+Prompts = Annotated[tuple[Text, ...], LIST, ALONE]
+Policy = Annotated[str, AfterValidator(_known_policy)]
+# Shares of a layer each, of which one at least is above 0.
+Shares = Annotated[tuple[Share, ...], Field(strict=False, min_length=1, max_length=10_000)]
 
 
-def _names(value: str | Sequence[str]) -> tuple[str, ...]:
-    """A list of strings; one alone stands for itself."""
-    return (value,) if isinstance(value, str) else tuple(value)
+def _read_levels(raw: Any) -> Any:
+    """Levels as JSON has them, whose keys are text."""
+    if not isinstance(raw, Mapping):
+        return raw
+    try:
+        return {float(level): shares for level, shares in raw.items()}
+    except (TypeError, ValueError) as error:
+        raise CtxpruneError(f"the levels are not numbers, but {shown(list(raw))}") from error
 
 
-@dataclass(frozen=True)
-class PruneConfig(FromMapping):
+def _rising(levels: dict[float, tuple[float, ...]]) -> dict[float, tuple[float, ...]]:
+    if any(not sum(shares) for shares in levels.values()):
+        raise CtxpruneError("at a level of `levels` no layer keeps anything")
+    if len({len(shares) for shares in levels.values()}) > 1:
+        raise CtxpruneError("the levels of `levels` are not of equally many layers")
+    return dict(sorted(levels.items()))
+
+
+@dataclass(frozen=True, config=STRICT)
+class PruneConfig(Settings):
     """What is stored with a converted checkpoint, in `ctxprune.json`.
 
     Attributes:
@@ -98,37 +106,36 @@ class PruneConfig(FromMapping):
         max_rows: cap on the rows of a sequence in a layer; None: no cap.
     """
 
-    rank: int = 32
-    protect_first: int = 1
-    protect_recent: int = 1
-    attention_bonus: float = 1.0
-    context: int = 512
-    levels: Mapping[float, tuple[float, ...]] = field(default_factory=dict)
-    tuned: float = 0.0
-    max_rows: int | None = None
+    rank: Rank = 32
+    protect_first: Natural = 1
+    protect_recent: Count = 1
+    attention_bonus: Bonus = 1.0
+    context: Annotated[Tokens, Field(ge=2)] = 512
+    levels: Annotated[
+        dict[Level, Shares],
+        Field(max_length=1000),
+        BeforeValidator(_read_levels),
+        AfterValidator(_rising),
+    ] = field(default_factory=dict)
+    tuned: Level = 0.0
+    max_rows: Count | None = None
 
     def __post_init__(self) -> None:
-        check_at_least("rank", self.rank, 1)
-        check_at_least("protect_first", self.protect_first, 0)
-        check_at_least("protect_recent", self.protect_recent, 1)
-        check_at_least("attention_bonus", self.attention_bonus, 0.0)
-        check_at_least("context", self.context, 2)
-        check_sparsity(self.tuned)
         if self.max_rows is not None:
             check_max_rows(self.max_rows, self.protect_first + self.protect_recent)
-        if any(not isinstance(shares, list | tuple) for shares in self.levels.values()):
+
+    def check_layers(self, layers: int, source: str) -> None:
+        """Raise CtxpruneError unless the levels are of as many layers as have a gate."""
+        of = next((len(shares) for shares in self.levels.values()), layers)
+        if of != layers:
             raise CtxpruneError(
-                "this model was calibrated by an earlier version of ctxprune", "tune it again"
+                f"`levels` in {source} are of {of} layers, and the model has {layers} with a gate",
+                "the settings belong to another model; convert it again",
             )
-        levels = {
-            check_sparsity(float(level)): tuple(float(share) for share in shares)
-            for level, shares in self.levels.items()
-        }
-        object.__setattr__(self, "levels", dict(sorted(levels.items())))
 
 
-@dataclass(frozen=True)
-class TuneConfig(FromMapping):
+@dataclass(frozen=True, config=STRICT)
+class TuneConfig(Settings):
     """One fine-tuning run.
 
     Attributes:
@@ -169,60 +176,45 @@ class TuneConfig(FromMapping):
         device: torch device; `auto`: the accelerator if there is one, else the CPU.
     """
 
-    sparsity: float = 0.8
-    data: str | None = None
-    text_field: str | None = None
-    valid: str | None = None
-    steps: int = 300
-    local_steps: int = 0
-    local_lr: float = 1e-2
-    train: str = "gates"
-    context: int = 512
-    batch_size: int = 2
-    accumulate: int = 1
-    lr: float = 2e-5
-    gate_lr: float = 3e-3
-    warmup: float = 0.05
-    ramp: float = 0.25
-    penalty: float = 1.0
-    sharpness: float = 4.0
-    alpha: float = 1.0
-    distill: float | None = None
-    dense_share: float = 0.5
-    spread: float = 0.5
-    lora_rank: int = 16
-    seed: int = 0
-    max_tokens: int | None = None
-    max_minutes: float | None = None
-    save_every: int = 50
-    report_to: tuple[str, ...] = ()
+    sparsity: Level = 0.8
+    data: Name | None = None
+    text_field: Name | None = None
+    valid: Name | None = None
+    steps: Natural = 300
+    local_steps: Natural = 0
+    local_lr: Positive = 1e-2
+    train: Trained = "gates"
+    context: Annotated[Tokens, Field(ge=16)] = 512
+    batch_size: Count = 2
+    accumulate: Count = 1
+    lr: Positive = 2e-5
+    gate_lr: Positive = 3e-3
+    warmup: Share = 0.05
+    ramp: Share = 0.25
+    penalty: Positive = 1.0
+    sharpness: Annotated[float, Field(ge=1.0, le=1000.0)] = 4.0
+    alpha: Annotated[float, Field(ge=1.0, le=10.0)] = 1.0
+    distill: Share | None = None
+    dense_share: Share = 0.5
+    spread: Share = 0.5
+    lora_rank: Rank = 16
+    seed: Seed = 0
+    max_tokens: Annotated[int, Field(ge=1, le=2**62)] | None = None
+    max_minutes: Positive | None = None
+    save_every: Count = 50
+    report_to: Names = ()
     bf16: bool = False
     checkpointing: bool = False
-    device: str = "auto"
+    device: Name = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "report_to", _names(self.report_to))
-        check_sparsity(self.sparsity)
         if self.sparsity == 0.0 and self.train == "gates":
             raise CtxpruneError(
                 "sparsity 0 leaves the gates nothing to learn",
                 "give a level such as `--sparsity 0.8`, or `--train full` for a dense control",
             )
-        choose("value of train", self.train, TRAINABLE)
-        check_at_least("steps", self.steps, 0 if self.ahead or self.train == "gates" else 1)
-        for name in ("batch_size", "accumulate", "lora_rank", "save_every"):
-            check_at_least(name, getattr(self, name), 1)
-        check_at_least("context", self.context, 16)
-        for name, least in (("max_tokens", 1), ("max_minutes", 0)):
-            if getattr(self, name) is not None:
-                check_at_least(name, getattr(self, name), least)
-        for name in ("alpha", "sharpness"):
-            check_at_least(name, getattr(self, name), 1.0)
-        for name in ("local_steps", "local_lr", "lr", "gate_lr", "penalty", "warmup", "ramp"):
-            check_at_least(name, getattr(self, name), 0.0)
-        for name in ("distillation", "dense_share", "spread"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise CtxpruneError(f"{name} is a share in [0, 1], not {getattr(self, name):g}")
+        if not (self.steps or self.ahead or self.train == "gates"):
+            raise CtxpruneError(f"steps must be at least 1 with `--train {self.train}`")
 
     @property
     def distillation(self) -> float:
@@ -242,15 +234,15 @@ class TuneConfig(FromMapping):
         return self.ahead + self.steps
 
     @property
-    def local(self) -> TuneConfig:
+    def local(self) -> "TuneConfig":
         """The local phase as a run of its own: pruned at every step, from the first one on."""
         return replace(
             self, steps=self.local_steps, gate_lr=self.local_lr, dense_share=0.0, ramp=0.0
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChatConfig(FromMapping):
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ChatConfig(Settings):
     """How a model answers.
 
     Attributes:
@@ -265,31 +257,27 @@ class ChatConfig(FromMapping):
         dtype, device, device_map: of the model, see `checkpoint.load`.
     """
 
-    sparsity: float | None = None
-    policy: str = "gate"
-    max_rows: int | None = None
-    system: str | None = None
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    device_map: str | None = None
+    sparsity: Level | None = None
+    policy: Policy = "gate"
+    max_rows: Natural | None = None
+    system: Text | None = None
+    max_new_tokens: Tokens = 512
+    temperature: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
+    top_k: Count | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    stop: Names = ()
+    seed: Seed = 0
+    dtype: Name = "auto"
+    device: Name = "auto"
+    device_map: Name | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", _names(self.stop))
-        if self.sparsity is not None:
-            check_sparsity(self.sparsity)
-        check_at_least("temperature", self.temperature, 0.0)
-        for name in ("max_new_tokens", "top_k"):
-            value = getattr(self, name)
-            if value is not None:
-                check_at_least(name, value, 1)
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise CtxpruneError(f"top_p is a share in (0, 1], not {self.top_p:g}")
+        if 0.0 < self.temperature < LEAST_TEMPERATURE:
+            raise CtxpruneError(
+                f"temperature must be 0, or at least {LEAST_TEMPERATURE:g}, "
+                f"not {self.temperature:g}",
+                "0 takes the likeliest token",
+            )
         if not self.temperature and (self.top_k is not None or self.top_p is not None):
             raise CtxpruneError(
                 "top_k and top_p only matter to sampling", "give a temperature such as 0.8"
@@ -309,7 +297,7 @@ class ChatConfig(FromMapping):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class GenerateConfig(ChatConfig):
     """Texts to write; what is not listed is as in `ChatConfig`.
 
@@ -322,23 +310,18 @@ class GenerateConfig(ChatConfig):
         num_return_sequences: texts a prompt.
     """
 
-    prompt: tuple[str, ...] = ()
+    prompt: Prompts = ()
     _: KW_ONLY
     chat: bool | None = None
-    evict: str = PROTOCOLS[0]
-    max_new_tokens: int = 128
-    num_beams: int = 1
-    num_return_sequences: int = 1
+    evict: Protocol = "reading"
+    max_new_tokens: Tokens = 128
+    num_beams: Beams = 1
+    num_return_sequences: Beams = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        prompt = (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
-        object.__setattr__(self, "prompt", prompt)
         if not self.prompt or not all(text.strip() for text in self.prompt):
             raise CtxpruneError("the prompt is empty", 'give some text: ctxprune generate "It was"')
-        choose("value of evict", self.evict, PROTOCOLS)
-        for name in ("num_beams", "num_return_sequences"):
-            check_at_least(name, getattr(self, name), 1)
         if self.system is not None and self.chat is False:
             raise CtxpruneError(
                 "a system message is part of a chat", "leave out `--system` or `--no-chat`"

@@ -108,8 +108,8 @@ def test_of_several_adapters_the_weights_are_averaged(
     again = convert(source, tmp_path / "again", {}, adapter=[both / adapter.FILE])
     assert all(torch.equal(weights_of(again)[n], t) for n, t in weights_of(both).items())
     about = adapter.read(both / adapter.FILE).about
-    assert about["lora_rank"] == 16 + 8
-    assert [run["tune"]["seed"] for run in about["provenance"]["averaged_with"]] == [1]
+    assert about.lora_rank == 16 + 8
+    assert [run["tune"]["seed"] for run in about.provenance["averaged_with"]] == [1]
     card = (export(both, tmp_path / "card") / "README.md").read_text(encoding="utf-8")
     training = card.partition("## Training")[2]
     assert training.index("sparsity 0.7") < training.index("mean") < training.index("sparsity 0.0")
@@ -241,8 +241,8 @@ def test_the_gates_alone_leave_the_weights_as_they_were(
     weights = load_file(alone / "model.safetensors")
     assert all(torch.equal(weights[name], tensor) for name, tensor in published.items())
     assert (alone / GATES).read_bytes() == (tuned / GATES).read_bytes()
-    assert "tune" not in read_settings(alone)["provenance"]
-    assert read_settings(alone)["provenance"]["gates_of"]["train"] == "lora"
+    assert "tune" not in read_settings(alone).provenance
+    assert read_settings(alone).provenance["gates_of"]["train"] == "lora"
     anew = tune(alone, tmp_path / "anew", run_config(text_file, train="gates", steps=0))
     check_reference(anew, None)
     with pytest.raises(CtxpruneError, match="weights of this model were trained"):

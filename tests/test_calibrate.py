@@ -255,7 +255,7 @@ def test_tuning_stores_what_calibration_picked(
     tune(source, made, options)
     assert read_config(source).attention_bonus == 1.0
     assert read_config(made).attention_bonus == 3.0
-    assert adapter.read(made / adapter.FILE).about["config"]["attention_bonus"] == 3.0
+    assert adapter.read(made / adapter.FILE).about.config.attention_bonus == 3.0
 
 
 def _less_for_three(reference: Reference, level: float, config: PruneConfig) -> torch.Tensor:

@@ -106,7 +106,7 @@ def test_the_three_lines(
         (["tune", "--sparsity", "0.8"], "no current model"),
         (["eval", "--sparsity", "0.8"], "no current model"),
         (["tune", "--model", "none", "--sparsity", "0.8"], "there is no folder `none`"),
-        (["tune", "--sparsity", "1.5"], "outside [0, 1)"),
+        (["tune", "--sparsity", "1.5"], "must be less than 1, not 1.5"),
         (["eval", "--model", "none", "--sparsity", "a"], "not a list of numbers"),
         (["eval", "--model", ".", "--policy", "gat"], "did you mean `gate`"),
         (["eval", "--model", "none", "--lengths", "1024.5"], "not a list of whole numbers"),

@@ -109,7 +109,7 @@ def test_weights_in_several_files(tmp_path: Path, dense_folder: Make) -> None:
         load(folder)
     refuse(f"lacks `{shards[1].name}`", str(folder), tmp_path / "again")
     (folder / "model.safetensors.index.json").write_text("{")
-    refuse("is damaged", str(folder), tmp_path / "again")
+    refuse("not valid JSON", str(folder), tmp_path / "again")
 
 
 def test_pickles_are_refused(tmp_path: Path, dense_folder: Make) -> None:
@@ -204,7 +204,7 @@ def test_folders_that_cannot_be_loaded(tiny_folder: Make, tmp_path: Path) -> Non
 def test_settings_out_of_range(tiny_folder: Make) -> None:
     folder = tiny_folder("gpt2")
     for sparsity in (-0.1, 1.0, 3.0):
-        with pytest.raises(CtxpruneError, match="outside"):
+        with pytest.raises(CtxpruneError, match="sparsity must be"):
             load(folder, sparsity=sparsity)
     with pytest.raises(CtxpruneError, match="unknown policy `sinks`, did you mean `sink`"):
         load(folder, policy="sinks")

@@ -150,6 +150,26 @@ def test_keeping_all_is_dense_beyond_the_window(name: str) -> None:
 
 
 @served
+def test_a_row_is_what_the_models_own_cache_keeps_of_a_token(name: str) -> None:
+    """Latents where it keeps these, and not the keys and values that are made of them."""
+    ids = random_ids()
+    own = tiny(name)
+    dense = DynamicCache(config=own.config)
+    logits_of(own, ids, past_key_values=dense)
+    model, handle = pruning(name)
+    with handle.running(KEEP):
+        cache = handle.new_cache(KEEP)
+        logits_of(model, ids, past_key_values=cache)
+    for layer in handle.decoder.layers:
+        # Layers that share keys have pages of their own.
+        kept = dense.layers[layer.index] if layer.index < len(dense.layers) else None
+        if kept is not None and getattr(kept, "keys", None) is not None:
+            page = cache.layers[layer.index].page
+            assert page.key.shape[1::2] == kept.keys.shape[1::2]
+            assert page.value.shape[1::2] == kept.values.shape[1::2]
+
+
+@served
 @pytest.mark.parametrize("policy", ["gate", "h2o", "sink"])
 def test_one_pass_is_steps_and_blocks_and_each_text_alone(name: str, policy: str) -> None:
     model, handle = pruning(name)

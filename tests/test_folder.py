@@ -26,6 +26,9 @@ from test_tune import run_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
+from ctxprune.evals.report.merged import merge
+from ctxprune.evals.report.on_card import on_card
+from ctxprune.pruner import words
 from ctxprune.pruner.checkpoints import adapter, card, checkpoint, interop
 from ctxprune.pruner.checkpoints.checkpoint import GATES, SETTINGS, load
 from ctxprune.pruner.checkpoints.convert import convert
@@ -151,7 +154,7 @@ def test_a_trusting_tool_says_what_is_dropped(exported: Make) -> None:
     cache = own.ctxprune.cache()
     own(few, past_key_values=cache)
     assert rows[0] - 5 > rows[1] == cache.rows
-    with pytest.raises(CtxpruneError, match="outside"):
+    with pytest.raises(CtxpruneError, match="less than 1"):
         AutoModelForCausalLM.from_pretrained(folder, **trust, sparsity=1.5)
     model, info = AutoModelForCausalLM.from_pretrained(folder, **trust, output_loading_info=True)
     assert model.ctxprune.sparsity == 0.5 and not info["missing_keys"]
@@ -372,9 +375,14 @@ def test_the_card_has_the_metadata_of_the_hub(
     settings["provenance"]["tune"] = {"data": "wiki/text:raw", "sparsity": 0.5}
     (made / SETTINGS).write_text(json.dumps(settings))
     level: dict[str, Any] = {"sparsity_requested": 0.5, "sparsity": 0.51, "cache_sparsity": 0.6}
-    level |= {"perplexity": 12.5, "tasks": {"piqa": {"acc": 0.75, "stderr": 0.01, "n": 4}}}
+    level |= {
+        "perplexity": 12.5,
+        "tasks": {"piqa": {"acc": 0.75, "stderr": 0.01, "sparsity": 0.5, "n": 4}},
+    }
+    level["tokens"] = 63
     results = {"context": 64, "text": "/home/someone/book.txt", "policy": "gate", "levels": [level]}
-    out = export(made, tmp_path / "named", results=results)
+    results["model"] = str(tmp_path)
+    out = export(made, tmp_path / "named", **on_card(merge([("r.json", results)])))
     data = ModelCard.load(out / "README.md").data
     assert (data.license, data.language, data.base_model) == (
         "apache-2.0",
@@ -432,17 +440,18 @@ def test_names_on_a_card_are_words(dense_folder: Make, tmp_path: Path, name: str
     about = checkpoint.describe(made)
     about["provenance"] = {"base": name, "tune": {"data": name}}
     level = {"sparsity_requested": 0.5, "sparsity": 0.5, "cache_sparsity": 0.5, "perplexity": 9.5}
-    level = {**level, "tasks": {name: {"acc": 0.5}}}
-    results = {"context": 64, "text": name, "policy": name, "levels": [level]}
-    shown = card.model_card(about, name, results=[results])
+    level = {**level, "tokens": 63, "tasks": {name: {"acc": 0.5, "sparsity": 0.5}}}
+    results = {"model": name, "context": 64, "text": name, "policy": name, "levels": [level]}
+    shown = card.model_card(about, name, **on_card(merge([(name, results)])))
     again = ModelCard(str(shown))
     assert again.data.license is None and again.data.eval_results[0].metric_value == 9.5
     tokens = MarkdownIt("commonmark").enable("table").parse(again.text)
     heads = [tokens[i + 1] for i, token in enumerate(tokens) if token.type == "heading_open"]
-    assert [each.content for each in heads[1:]] == ["Use", "Training", "Measured"]
+    found = [each.content for each in heads[1:]]
+    assert found[:4] == ["Use", "Training", "Measured", "Perplexity"] and len(found) == 7
     children = heads[0].children or []
     assert {each.type for each in children} <= {"text", "text_special"}
-    plain = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    plain = words.line(name)
     assert "".join(each.content for each in children).startswith(plain)
     inline = [kid.type for token in tokens for kid in token.children or []]
     assert not {"html_inline", "image", "link_open", "strong_open", "em_open"} & set(inline)

@@ -96,7 +96,7 @@ def test_what_is_compared(text: str, subject: Subject) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("sinc:0.8", "did you mean `sink`"), ("sink:x", "is no sparsity"), ("sink:1", "outside")],
+    [("sinc:0.8", "did you mean `sink`"), ("sink:x", "is no sparsity"), ("sink:1", "less than 1")],
 )
 def test_what_cannot_be_compared(text: str, message: str) -> None:
     with pytest.raises(CtxpruneError) as caught:

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 from test_cli import Make, ctxprune
 from test_report import result, with_retrieval
 
 from ctxprune.evals.quality.evaluate import OWN_TASKS
-from ctxprune.evals.report.charts import perplexity_chart
+from ctxprune.evals.report.charts import accuracy_chart, perplexity_chart
 from ctxprune.evals.report.merged import DENSE, OF_TEXT, merge, short_names
 from ctxprune.evals.report.report_page import html, markdown
-from ctxprune.evals.report.shapes import BREAKDOWN
+from ctxprune.evals.results import Benchmark, Breakdown, measured
 from ctxprune.evals.speed import speed_report
 from ctxprune.evals.speed.breakdown import RANGES
 from ctxprune.pruner.errors import CtxpruneError
@@ -235,7 +236,7 @@ def test_names_are_short_unless_they_clash() -> None:
 
 def test_names_that_are_repeated_here_to_stay_without_torch() -> None:
     assert OF_TEXT == OWN_TASKS
-    assert set(BREAKDOWN) == {*RANGES, "rest"}
+    assert set(Breakdown.model_fields) == {*RANGES, "rest"}
 
 
 def test_pages_say_nothing_of_where_files_are() -> None:
@@ -269,7 +270,7 @@ def test_the_tables_in_markdown() -> None:
         "| tuned | sink | 0.5 | 0.310 | 44 | 0.420 ± 0.049 | 0.450 | 2 |",
     ]
     start = lines.index("### tuned, float32 on AMD EPYC, 2 threads")
-    own = speed_report.markdown(benchmark()).splitlines()
+    own = speed_report.markdown(measured(Benchmark, benchmark())).splitlines()
     assert lines[start + 2] == own[0] == "Reading the prompts:"
     assert lines[start + 4] == own[2] + " run |"
     assert lines[start + 6] == own[4] + " 4 |"
@@ -367,7 +368,12 @@ def test_names_from_files_stay_text(name: str) -> None:
     assert parsed.all("script") == [] and name in parsed.text
     assert not any("onload" in attributes for _, attributes in parsed.found)
     page = markdown(merged)
-    assert "<script" not in page.replace(f"    {name}", "") and "\n# c" not in page
+    tokens = MarkdownIt("commonmark").enable("table").parse(page)
+    kinds = {token.type for token in tokens}
+    kinds |= {kid.type for token in tokens for kid in token.children or ()}
+    assert not {kind for kind in kinds if kind.startswith(("html", "em", "strong", "link"))}
+    heads = [token.tag for token in tokens if token.type == "heading_open"]
+    assert heads.count("h1") == 1
 
 
 def test_speed_is_drawn_over_what_was_varied() -> None:
@@ -388,9 +394,13 @@ def test_lines_say_what_they_differ_in() -> None:
 
 
 def test_figures_that_are_none_are_not_drawn() -> None:
-    lost = evaluation("m", "gate", [(0.8, 0.8, math.inf), (0.9, 0.9, math.nan)])
+    lost = evaluation("m", "gate", [(0.8, 0.8, 33.0), (0.9, 0.9, 34.0)])
+    for level, acc in zip(lost["levels"], (math.inf, math.nan), strict=True):
+        level["tasks"]["hellaswag"] = {"acc": acc, "acc_norm": 0.5, "sparsity": 0.5}
     merged = merge([("a", lost)])
-    assert perplexity_chart(merged.texts[0], merged.subjects, "a") is None
+    assert accuracy_chart(merged.tasks[0], merged.subjects, "a") is None
+    page = markdown(merged)
+    assert "| 0.500 |  | 0.500 | inf | 1 |" in page and "| 0.500 |  | 0.500 | nan | 1 |" in page
     Page(html(merged))
 
 
@@ -403,14 +413,14 @@ def test_figures_that_are_none_are_not_drawn() -> None:
         ("text", "holds no results"),
         ({"levels": []}, "holds no results"),
         ({"levels": [{}]}, "no usable `model`"),
-        (GATE | {"levels": [{"sparsity": "a"}]}, "no usable `sparsity_requested`"),
-        (GATE | {"levels": [*GATE["levels"], 3]}, "no usable `sparsity_requested`"),
+        (GATE | {"levels": [{"sparsity": "a"}]}, "no usable `levels[0].sparsity`"),
+        (GATE | {"levels": [*GATE["levels"], 3]}, "no usable `levels[2]`"),
         (GATE | {"versions": "1"}, "no usable `versions`"),
         (with_retrieval() | {"context": None}, "no usable `context`"),
         (benchmark() | {"machine": None}, "no usable `machine`"),
-        (benchmark() | {"rows": [{"ttft_ratio": 1}]}, "no usable `mode`"),
-        (with_row(ttft_ratio={"median": 1.0}), "no usable `ttft_ratio min`"),
-        (with_row(interval={"min": 8}), "no usable `interval max`"),
+        (benchmark() | {"rows": [{"ttft_ratio": 1}]}, "no usable `rows[0].mode`"),
+        (with_row(ttft_ratio={"median": 1.0}), "no usable `rows[0].ttft_ratio.min`"),
+        (with_row(interval={"min": 8}), "no usable `rows[0].interval.max`"),
         ({"rows": [{"ratio": 1.0}]}, "no usable `model`"),
     ],
 )
@@ -476,7 +486,8 @@ def test_several_results_on_a_model_card(tiny_folder: Make, tmp_path: Path) -> N
     measured = markdown(merge(FILES), level=0, provenance=False)
     assert card.endswith(f"\n\n## Measured\n\n{measured}") and card.count("## Measured") == 1
     ctxprune("export", "--model", folder, "--out", "one", *given[:2], cwd=tmp_path)
-    assert "| 0.8 | 0.790 | 0.790 | 33.00 |" in (tmp_path / "one" / "README.md").read_text()
+    alone = markdown(merge(FILES[:1]), level=0, provenance=False)
+    assert (tmp_path / "one" / "README.md").read_text().endswith(f"## Measured\n\n{alone}")
     done = ctxprune(
         "export", "--model", folder, "--out", "no", "--results", "none", cwd=tmp_path, code=2
     )

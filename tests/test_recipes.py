@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 
 from ctxprune import recipes
 from ctxprune.cli.progress import TuningProgress
-from ctxprune.cli.work import Work, check
+from ctxprune.cli.work import Work
 from ctxprune.pruner.checkpoints import adapter
 from ctxprune.pruner.checkpoints.checkpoint import GATES, read_config
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
+from ctxprune.recipes import check
+from ctxprune.recipes.steps import schema
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 
@@ -35,27 +38,27 @@ def test_the_recipes_of_the_docs_are_shipped() -> None:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({}, "no list of `steps`"),
-        ({"steps": [], "expects": []}, "did you mean `expect`"),
-        ({"steps": [{"tune": {"sparsity": 0.8}}]}, "needs `model`"),
+        ({}, "steps is missing"),
+        ({"steps": [{"convert": {}}], "expects": []}, "did you mean `expect`"),
+        ({"steps": [{"tune": {"sparsity": 0.8}}]}, "model is missing"),
         ({"steps": [{"tune": 5}]}, "has no options"),
-        ({"steps": [{"convert": {"rank": "wide"}}]}, "must be of type int"),
+        ({"steps": [{"convert": {"rank": "wide"}}]}, "rank must be a whole number, not 'wide'"),
         ({"steps": [{"name": "../x", "convert": {}}]}, "cannot be the name"),
-        ({"steps": [], "expect": 5}, "is no list"),
-        ({"steps": [], "expect": ["gate 0 perplexity <= 1"]}, "unknown eval step"),
-        ({"steps": [{"convert": {}}, {"generate": {"model": "convert"}}]}, "needs `prompt`"),
+        ({"steps": [{"convert": {}}], "expect": 5}, "expect must be a list, not 5"),
+        ({"steps": [{"convert": {}}], "expect": ["gate 0 perplexity <= 1"]}, "unknown eval step"),
+        ({"steps": [{"convert": {}}, {"generate": {"model": "convert"}}]}, "prompt is empty"),
         ({"steps": [{"eval": {"model": "tuned"}}]}, "unknown `model` of step `eval`"),
         ({"steps": [{"convert": {"adapter": "tuned"}}]}, "unknown `adapter` of step `convert`"),
         ({"steps": [{"eval": {"model": __file__}}]}, "unknown `model` of step `eval`"),
         ({"steps": [{"report": {"of": ["eval"]}}]}, "unknown eval step"),
         ({"steps": [{"tun": {}}]}, "did you mean `tune`"),
         ({"steps": [{"tune": {"model": "m", "stepps": 3}}]}, "did you mean `steps`"),
-        ({"steps": [{"eval": {"sparsety": [0]}}]}, "did you mean `sparsity`"),
-        ({"steps": [{"tune": {"model": "m", "sparsity": 2}}]}, "outside"),
+        ({"steps": [{"eval": {"model": "m", "sparsety": [0]}}]}, "did you mean `sparsity`"),
+        ({"steps": [{"tune": {"model": "m", "sparsity": 2}}]}, "must be less than 1, not 2"),
         ({"steps": [{"name": "a"}]}, "needs one command"),
         ({"steps": [{"convert": {}}, {"convert": {}}]}, "two steps called"),
-        ({"steps": ["convert"]}, "no mapping"),
-        ({"steps": [], "expect": ["gate is good"]}, "not understood"),
+        ({"steps": ["convert"]}, "item 1 of steps must be a mapping, not 'convert'"),
+        ({"steps": [{"convert": {}}], "expect": ["gate is good"]}, "not understood"),
         ({"steps": [{"tune": {"model": "m", "grid": {"lr": 1}}}]}, "grid of step `tune`"),
         ({"steps": [{"convert": {"grid": {"rnk": [1]}}}]}, "did you mean `rank`"),
     ],
@@ -118,7 +121,7 @@ RESULTS = {
     ],
 )
 def test_expectations(text: str, holds: bool) -> None:
-    (expectation,) = recipes.parse("r", {"steps": [], "expect": [text]}).expect
+    (expectation,) = recipes.parse("r", {"steps": [{"convert": {}}], "expect": [text]}).expect
     assert expectation.check(RESULTS)[0] is holds
 
 
@@ -126,7 +129,7 @@ def test_expectations(text: str, holds: bool) -> None:
     "text", ["gate 0.7 perplexity <= 1", "gate 0.8 tasks.none.acc <= 1", "none 0 perplexity <= 1"]
 )
 def test_expectations_on_what_was_not_measured(text: str) -> None:
-    (expectation,) = recipes.parse("r", {"steps": [], "expect": [text]}).expect
+    (expectation,) = recipes.parse("r", {"steps": [{"convert": {}}], "expect": [text]}).expect
     with pytest.raises(CtxpruneError):
         expectation.check(RESULTS)
 
@@ -242,11 +245,64 @@ def test_a_step_averages_the_adapters_of_others(
         work.do(step)
     tuned, made = work.out / "a", work.out / "c"
     assert read_config(made) == read_config(tuned)
-    assert adapter.read(made / adapter.FILE).about["lora_rank"] == 2 * 16
+    assert adapter.read(made / adapter.FILE).about.lora_rank == 2 * 16
     steps[-1] = {"name": "c", "convert": {**source, "adapter": ["a", "d"]}}
     with pytest.raises(CtxpruneError, match="unknown `adapter` of step `c` `d`"):
         check(recipes.parse("mine", {"steps": steps}))
 
 
+# What makes a recipe for a GPU one for a test: the steps and what they name stay as they are.
+TINY: dict[str, Any] = {
+    "context": 128,
+    "batch_size": 2,
+    "bf16": False,  # accelerate holds to the precision of the first run of a process
+    "max_tokens": 512,
+    "tokens": 256,
+    "limit": 1,
+    "lengths": [512],
+    "sparsity": [0, 0.8],
+    "tasks": ["fidelity", "retrieval", "multi_key", "hellaswag", "piqa"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m-gpu", pytest.param("smollm2-1.7b-gpu", marks=pytest.mark.zoo)]
+)
+def test_the_recipes_for_a_gpu_go_through(
+    name: str, text_file: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    """On the embedded model, with little text; and again, with nothing left to do."""
+    steps = []
+    for step in recipes.load(name).steps:
+        tiny = {key: TINY.get(key, value) for key, value in step.options.items()}
+        tiny |= dict.fromkeys({"data", "valid", "text"} & tiny.keys(), str(text_file))
+        if step.command == "convert":
+            del tiny["source"]  # the embedded model
+        if step.command == "tune":
+            tiny["sparsity"] = step.options["sparsity"]
+        if step.command == "eval":
+            tiny["tasks"] = [task for task in step.options["tasks"] if task in TINY["tasks"]]
+        if "data_dir" in tiny:
+            tiny["data_dir"] = str(task_folder)
+        steps.append({"name": step.name, step.command: tiny})
+    plan = recipes.parse(name, {"steps": steps})
+    check(plan)
+    work = Work(tmp_path / "run")
+    for step in plan.steps:
+        work.do(step)
+    for of, most in (("fidelity", 0.0), ("fidelity-lora", 1.0)):
+        dense = work.results[of]["levels"][0]["tasks"]["fidelity"]["running_divergence"]
+        # LoRA has moved the weights, so the reference is the model that was converted.
+        assert 0.0 <= dense <= most and (dense > 0.0) == (of == "fidelity-lora")
+    assert (tmp_path / "run" / "exported" / "config.json").is_file()
+    for step in plan.steps:
+        work.do(step)
+
+
 def _stop(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_the_schema_for_editors_is_that_of_the_code() -> None:
+    written = files("ctxprune.recipes") / "recipe.schema.json"
+    assert written.read_text(encoding="utf-8") == schema(), "run `make docs`"

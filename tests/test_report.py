@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
-from ctxprune.evals.report.report import LEGEND, markdown, metrics_of, plot, rich_tables
+from ctxprune.evals.report import report
+from ctxprune.evals.report.report import LEGEND, metrics_of
+from ctxprune.evals.results import Evaluation, Scores, measured
 
 
 def result(
@@ -37,6 +40,22 @@ def result(
         "prompt": None,
         "levels": levels,
     } | fields
+
+
+def typed(results: list[dict[str, Any]]) -> list[Evaluation]:
+    return [measured(Evaluation, each) for each in results]
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    return report.markdown(typed(results))
+
+
+def rich_tables(results: list[dict[str, Any]]) -> list[Table]:
+    return report.rich_tables(typed(results))
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    report.plot(typed(results), path)
 
 
 RESULTS = [
@@ -97,7 +116,7 @@ def test_every_metric_is_shown_with_its_error_its_documents_and_its_difference()
         "| 0.250 ± 0.050 | -0.020 ± 0.010 | 100 of 1,319 |"
     ) in text
     assert "| word_perplexity | gate | 0.8 | 0.800 | 30 (10%) | 21.50 ± 1.25 |  |" in text
-    assert metrics_of(scores) == ["exact_match,strict-match", "word_perplexity"]
+    assert metrics_of(measured(Scores, scores)) == ["exact_match,strict-match", "word_perplexity"]
 
 
 @pytest.mark.parametrize("width", [80, 120])

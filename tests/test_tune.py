@@ -357,13 +357,13 @@ def test_schedules() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.0}, "outside"),
-        ({"sparsity": -0.1}, "outside"),
+        ({"sparsity": 1.0}, "less than 1"),
+        ({"sparsity": -0.1}, "at least 0, not -0.1"),
         ({"sparsity": 0.0, "train": "gates"}, "nothing to learn"),
         ({"train": "some"}, "unknown value of train"),
         ({"steps": 0, "train": "full"}, "at least 1"),
         ({"steps": 0, "local_steps": 5, "sparsity": 0.0, "train": "full"}, "at least 1"),
-        ({"distill": 2.0}, "share in"),
+        ({"distill": 2.0}, "distill must be at most 1, not 2.0"),
         ({"sparsty": 0.8}, "did you mean `sparsity`"),
     ],
 )

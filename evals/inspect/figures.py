@@ -11,6 +11,8 @@ import torch
 
 from ctxprune.evals.inspect.inspection import View
 from ctxprune.evals.inspect.kinds import FEWEST, FORM, SPEECH, Kind, kept_over_context
+from ctxprune.evals.report.charts import drawing
+from ctxprune.pruner import words
 from ctxprune.pruner.files import whole
 
 if TYPE_CHECKING:
@@ -46,10 +48,11 @@ def draw(views: Sequence[View], folder: Path) -> list[Path]:
         "layers": _layers,
     }
     written = []
-    for name, figure_of in figures.items():
-        figure = figure_of(views)
-        if figure is not None:
-            written.append(_save(figure, folder / f"{name}.png"))
+    with drawing():
+        for name, figure_of in figures.items():
+            figure = figure_of(views)
+            if figure is not None:
+                written.append(_save(figure, folder / f"{name}.png"))
     return written
 
 
@@ -251,7 +254,7 @@ def _commonest(kinds: Sequence[Kind]) -> list[str]:
 
 def _title(view: View) -> str:
     """The view and what it realised, which is no formula whatever a model is called."""
-    return f"{view.label} (sparsity {view.trace.sparsity:.3f})".replace("$", r"\$")
+    return words.figure(f"{view.label} (sparsity {view.trace.sparsity:.3f})")
 
 
 def _whole_numbers(axes: Axes) -> None:

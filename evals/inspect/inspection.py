@@ -1,12 +1,11 @@
 """What `ctxprune inspect` shows: traces of one text, and what they say about its tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic.dataclasses import dataclass as checked
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,30 +13,25 @@ from ctxprune.evals.inspect.kinds import Kind, dropping_of, kinds_of, survival_o
 from ctxprune.evals.inspect.trace import Trace, overlap, pieces_of, trace
 from ctxprune.evals.provenance import provenance
 from ctxprune.pruner.checkpoints.checkpoint import load_off, load_tokenizer, read_config
-from ctxprune.pruner.config import check_at_least, check_sparsity
+from ctxprune.pruner.config import Policy
 from ctxprune.pruner.device import AUTO, place
-from ctxprune.pruner.errors import CtxpruneError, choose
-from ctxprune.pruner.policies import names as policy_names
+from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.schema import STRICT, Level, Name, Seed, Settings, Tokens
 
 PACKAGES = ("ctxprune", "torch", "transformers")
 MOST_VIEWS = 4
 
 
-@dataclass(frozen=True)
-class Subject:
+@checked(frozen=True, config=STRICT)
+class Subject(Settings):
     """What is looked at: a policy at a sparsity, in a model or in the one that is inspected."""
 
-    policy: str
-    sparsity: float | None
+    policy: Policy
+    sparsity: Level | None
     model: Path | None = None
 
-    def __post_init__(self) -> None:
-        choose("policy", self.policy, policy_names())
-        if self.sparsity is not None:
-            check_sparsity(self.sparsity)
-
     @classmethod
-    def parse(cls, text: str) -> Subject:
+    def parse(cls, text: str) -> "Subject":
         """`POLICY[:SPARSITY][@MODEL]`, as in `gate`, `sink:0.8` or `gate:0.5@./other`.
 
         Raises:
@@ -51,11 +45,11 @@ class Subject:
             raise CtxpruneError(
                 f"`{sparsity}` of `{text}` is no sparsity", "write it like `sink:0.8`"
             ) from error
-        return cls(policy, level, Path(model) if model else None)
+        return cls(policy=policy, sparsity=level, model=Path(model) if model else None)
 
 
-@dataclass(frozen=True)
-class InspectConfig:
+@checked(frozen=True, config=STRICT)
+class InspectConfig(Settings):
     """What is inspected.
 
     Attributes:
@@ -64,14 +58,13 @@ class InspectConfig:
     """
 
     subjects: tuple[Subject, ...] = (Subject("gate", None),)
-    tokens: int = 1000
-    dtype: str = AUTO
-    device: str = AUTO
-    device_map: str | None = None
-    seed: int = 0
+    tokens: Tokens = 1000
+    dtype: Name = AUTO
+    device: Name = AUTO
+    device_map: Name | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_at_least("tokens", self.tokens, 1)
         place(self.device, self.dtype, self.device_map)
         if len(self.subjects) > MOST_VIEWS:
             raise CtxpruneError(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
+from ctxprune.pruner import words
+
 PLACEHOLDER = "__DATA__"
 # More digits than a pixel shows are only bytes.
 DIGITS = 4
@@ -24,18 +26,21 @@ def render(data: Mapping[str, Any]) -> str:
     """
     # ASCII alone, so that no character of a text depends on an encoding, and none of the three that
     # could end the script element or be taken for a reference.
-    text = json.dumps(_rounded(data), separators=(",", ":"), allow_nan=False)
+    text = json.dumps(_shown(data), separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     template = files("ctxprune.evals.inspect").joinpath("inspect.html").read_text(encoding="utf-8")
     return template.replace(PLACEHOLDER, text)
 
 
-def _rounded(value: Any) -> Any:
+def _shown(value: Any) -> Any:
+    """What the page shows: figures in few digits, texts as text."""
+    if isinstance(value, str):
+        return words.terminal(value)
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(each) for key, each in value.items()}
+        return {key: _shown(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(each) for each in value]
+        return [_shown(each) for each in value]
     return value

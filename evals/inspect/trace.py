@@ -21,10 +21,11 @@ from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.engine.modes import Evict
 from ctxprune.pruner.engine.page import Held, Queries
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, translated
 from ctxprune.pruner.files import whole
 from ctxprune.pruner.policies import Policy
 from ctxprune.pruner.rows import Rows, unlimited
+from ctxprune.pruner.untrusted import check_text
 
 TENSORS = ("expires", "dropper", "attention")
 
@@ -112,7 +113,11 @@ def pieces_of(
     Raises:
         CtxpruneError: there is no text.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    check_text(text, "the text")
+    with translated("this tokenizer does not tell which piece of the text a token stands for"):
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
     ids: list[int] = encoded["input_ids"][:tokens]
     if not ids:
         raise CtxpruneError("the text is empty", "give a text of at least one token")

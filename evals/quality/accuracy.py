@@ -50,10 +50,35 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(squares / (n - 1) / n)
 
 
+def finite(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures with null for each that is no finite number, and `not_finite`: what it was.
+
+    `values` lack the metrics of which a document has such a number.
+    """
+    lost = {
+        name: str(figure)
+        for name, figure in result.items()
+        if isinstance(figure, float) and not math.isfinite(figure)
+    }
+    values = {
+        metric: found for metric, found in result[VALUES].items() if all(map(math.isfinite, found))
+    }
+    told = {"not_finite": lost} if lost else {}
+    return {**result, **dict.fromkeys(lost), **told, VALUES: values}
+
+
+def exponential(mean: float) -> float:
+    """A perplexity: exp of a mean negative log-likelihood; infinite where it is beyond a float."""
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
+
+
 def perplexity_of(losses: Sequence[float]) -> dict[str, float]:
     """`perplexity`: exp of the mean of negative log-likelihoods (in nats); `perplexity_stderr`."""
     mean, stderr = mean_and_error(losses)
-    perplexity = math.exp(mean)
+    perplexity = exponential(mean)
     errors = {} if stderr is None else {f"perplexity{ERROR}": perplexity * stderr}
     return {"perplexity": perplexity, **errors}
 

@@ -11,17 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lm_eval.api.task import Task
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.config import OWN_TASKS, EvalConfig
+from ctxprune.evals.places import nearby
 from ctxprune.evals.provenance import provenance, worker
-from ctxprune.evals.quality import fidelity, last_word, retrieval
-from ctxprune.evals.quality.accuracy import ERROR, VALUES, against, mean_and_error
+from ctxprune.evals.quality import conversation, fidelity, last_word, long_context
+from ctxprune.evals.quality.accuracy import ERROR, VALUES, against, finite, mean_and_error
 from ctxprune.evals.quality.groups import summed
 from ctxprune.evals.quality.harness import PrunedLM, check_template, score
 from ctxprune.evals.quality.perplexity import perplexity
@@ -36,6 +38,7 @@ from ctxprune.evals.quality.work import (
     speed,
     summary,
 )
+from ctxprune.evals.results import Figure, Part, Share
 from ctxprune.evals.state import Finished, Kept, code, digest, stats, text_stats
 from ctxprune.pruner.checkpoints.checkpoint import (
     check_folder,
@@ -50,6 +53,13 @@ from ctxprune.pruner.errors import CtxpruneError, choose
 
 PERPLEXITY = "perplexity"
 PACKAGES = ("ctxprune", "torch", "transformers", "lm_eval")
+
+
+class Figures(Part):
+    """What is kept of a measurement, as far as the evaluation reads it: see `Measure`."""
+
+    sparsity: Share
+    values: dict[str, Annotated[list[Figure], Field(min_length=1)]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,8 @@ def evaluate(
         `Perplexity` has, its `date`, and `tasks`: name -> what `harness.score` or one of our own
         tasks gives, and `date`. Where the dense model was measured too, `against_dense` has the
         paired difference of each metric that is a mean over the same documents; that of the text
-        is of `nll`, the negative log-likelihood of a token in nats.
+        is of `nll`, the negative log-likelihood of a token in nats. A metric that came to no
+        number is None, and `not_finite` says what it was.
 
     Raises:
         CtxpruneError: for bad input, a state that another process writes, or a pruned level at
@@ -163,7 +174,7 @@ def _evaluate(
             keys[level, name] = key = digest(
                 [weights, versions, sources, level, name, decides, _common(config), measure.depends]
             )
-            if fresh or measure.afresh or finished.get(key) is None:
+            if fresh or measure.afresh or finished.get(key, Figures) is None:
                 todo[level, name] = measure
     meter = Meter(model, _plan(model, config, text, todo), on_progress or (lambda progress: None))
     if todo:
@@ -176,14 +187,16 @@ def _evaluate(
             say(f"{label}: running")
             try:
                 with meter.measuring(label):
-                    result = measures[name].run(level)
+                    result = finite(measures[name].run(level))
             except torch.OutOfMemoryError as error:
                 raise CtxpruneError(
                     f"{label}: the device is out of memory", "give a smaller `--batch-size`"
                 ) from error
+            for metric, was in result.get("not_finite", {}).items():
+                say(f"{label}: `{metric}` came to {was}, which is no figure")
             say(f"{label}: done")
             return finished.put(key, label, result)
-        kept = finished.get(key)
+        kept = finished.get(key, Figures)
         assert kept is not None
         say(f"{label}: already done, kept ({kept.date[:10]})")
         return kept
@@ -206,7 +219,7 @@ def _evaluate(
             found[name] = summed(group, found)
         rows.append({**row, "tasks": found})
     return {
-        "model": str(folder),
+        "model": nearby(str(folder)),
         "layers": handle.decoder.describe(),
         "policy": config.policy,
         "evict": config.evict,
@@ -215,7 +228,7 @@ def _evaluate(
         "context": config.context,
         "prompt": config.prompt,
         "levels": rows,
-        "text": config.text or "embedded",
+        "text": nearby(config.text or "embedded"),
         "limit": config.limit,
         "num_fewshot": config.num_fewshot,
         "apply_chat_template": config.apply_chat_template,
@@ -339,29 +352,27 @@ def _own_tasks(
     say: Callable[[str], None],
 ) -> dict[str, Measure]:
     """Those of our own that are asked for."""
-    longest = handle_of(model).decoder.positions
     measures: dict[str, Measure] = {}
     depends = [config.text, config.limit, text_stats(config.text)]
-    if retrieval.NAME in config.tasks:
-        prompts = retrieval.prompts(
-            tokenizer,
-            texts,
-            lengths=config.lengths,
-            per_cell=config.limit,
-            longest=longest,
-            seed=config.seed or 0,
+    for name in config.tasks:
+        if name in long_context.TASKS:
+            measures[name] = _long_context(name, config, model, tokenizer, texts, say)
+    if conversation.NAME in config.tasks:
+        dialogues = conversation.dialogues(
+            model, tokenizer, texts, limit=config.limit, seed=config.seed or 0
         )
-        unserved = sorted(set(config.lengths) - {len(prompt.ids) for prompt in prompts})
-        if unserved:
-            say(f"{retrieval.NAME}: length {', '.join(map(str, unserved))} cannot be served")
-        measures[retrieval.NAME] = Measure(
-            lambda level: retrieval.score(model, prompts, **_chosen(config, level)),
-            partial(_read, prompts, 1),
-            [*depends, config.lengths],
+        measures[conversation.NAME] = Measure(
+            lambda level: conversation.score(model, tokenizer, dialogues, **_chosen(config, level)),
+            lambda: conversation.work(tokenizer, dialogues),
+            depends,
         )
     if last_word.NAME in config.tasks:
         passages = last_word.passages(
-            tokenizer, texts, limit=config.limit, longest=longest, seed=config.seed or 0
+            tokenizer,
+            texts,
+            limit=config.limit,
+            longest=handle_of(model).decoder.positions,
+            seed=config.seed or 0,
         )
         measures[last_word.NAME] = Measure(
             lambda level: last_word.score(
@@ -376,12 +387,40 @@ def _own_tasks(
     return measures
 
 
+def _long_context(
+    name: str,
+    config: EvalConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    say: Callable[[str], None],
+) -> Measure:
+    """One of the long-context tasks."""
+    prompts = long_context.prompts(
+        name,
+        tokenizer,
+        texts,
+        lengths=config.lengths,
+        per_cell=config.limit,
+        longest=handle_of(model).decoder.positions,
+        seed=config.seed or 0,
+    )
+    unserved = sorted(set(config.lengths) - {len(prompt.ids) for prompt in prompts})
+    if unserved:
+        say(f"{name}: length {', '.join(map(str, unserved))} cannot be served")
+    return Measure(
+        lambda level: long_context.score(name, model, prompts, **_chosen(config, level)),
+        partial(_read, prompts, 1),
+        [config.text, config.limit, text_stats(config.text), config.lengths],
+    )
+
+
 def check_reference(folder: Path, reference: Path | None) -> None:
     """Raise CtxpruneError if a model would be compared with one that is not the published one."""
     if reference is not None:
         check_folder(reference)
         return
-    provenance = read_settings(folder).get("provenance", {})
+    provenance = read_settings(folder).provenance
     runs = [provenance.get("tune"), *provenance.get("earlier", [])]
     if any(run and run.get("train") != "gates" for run in runs):
         raise CtxpruneError(
@@ -427,7 +466,7 @@ def _fidelity(
 
 
 def _read(
-    asked: Sequence[retrieval.Prompt] | Sequence[last_word.Passage], batch_size: int | str
+    asked: Sequence[long_context.Prompt] | Sequence[last_word.Passage], batch_size: int | str
 ) -> Work:
     return reading([len(each.ids) for each in asked], batch_size)
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from ctxprune.evals.report.merged import DENSE, Bench, Panel, Point, Subject, told_apart
+from ctxprune.evals.results import ORACLE, BenchRow
+from ctxprune.pruner import words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +37,6 @@ BY_REQUEST = "sparsity asked for (rows are as many in both protocols)"
 DASHES = ("--", ":", "-.")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, and found by a search
-    "text.parse_math": False,  # a model may be called anything
     "svg.hashsalt": "ctxprune",  # the same results give the same page
     "font.size": 10.0,
     "legend.frameon": False,
@@ -54,6 +57,20 @@ class Chart:
 
     title: str
     svg: str
+
+
+@contextmanager
+def drawing(style: Mapping[Any, Any] | None = None) -> Iterator[None]:
+    """Draw with matplotlib: no text is a formula, and characters that its font lacks are no matter.
+
+    Args:
+        style: settings of matplotlib beside.
+    """
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False, **(style or {})}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def widen(axes: Axes, values: Sequence[float]) -> None:
@@ -84,7 +101,7 @@ def _over_sparsity(
     """A line a subject, and dense models as horizontals; None where there is nothing to draw."""
     lines = []
     for label, points in panel.lines():
-        drawn = [point for point in points if math.isfinite(point.figures.get(figure, math.nan))]
+        drawn = [point for point in points if figure in point.figures]
         if drawn:
             lines.append((label, drawn))
     if not lines:
@@ -102,7 +119,7 @@ def _over_sparsity(
             errors = [point.figures.get("stderr", 0.0) for point in points]
             if subject.policy == DENSE:
                 value, error = values[0], errors[0]
-                axes.axhline(value, color=MUTED, linestyle=next(dashes), label=label)
+                axes.axhline(value, color=MUTED, linestyle=next(dashes), label=words.figure(label))
                 if figure == "acc" and error:
                     axes.axhspan(value - error, value + error, color=MUTED, alpha=0.12, linewidth=0)
                 continue
@@ -116,13 +133,13 @@ def _over_sparsity(
                 marker=MARKERS[(number + number // len(SERIES)) % len(MARKERS)],
                 linestyle=("-", *DASHES)[drawn[subject] % (1 + len(DASHES))],
                 markersize=5,
-                label=label,
+                label=words.figure(label),
             )
             drawn[subject] += 1
         if figure == "perplexity":
             _span(axes, [point.figures[figure] for _, points in lines for point in points])
-        figures = [point.figures for _, points in lines for point in points]
-        for value in sorted({known["chance"] for known in figures if "chance" in known}):
+        chances = {point.chance for _, points in lines for point in points}
+        for value in sorted(chance for chance in chances if chance is not None):
             axes.axhline(value, color=MUTED, linewidth=0.8, label=f"chance ({value:g})")
         axes.set_xlim(0, 1)
         axes.set_xlabel(across)
@@ -171,13 +188,13 @@ def speed_charts(bench: Bench, name: str) -> list[Chart]:
         (label(row, results), number, row) for number, results, part in bench.parts for row in part
     ]
     looks = list(dict.fromkeys(label for label, _, _ in rows))
-    contexts = {row["context"] for _, _, row in rows}
+    contexts = {row.context for _, _, row in rows}
     over, fixed = ("context", "batch") if len(contexts) > 1 else ("batch", "context")
     charts: list[Chart] = []
     for unit, key, factor in measures:
-        found = [line for line in rows if line[-1][key] is not None]
-        for value in sorted({row[fixed] for _, _, row in found}):
-            some = [line for line in found if line[-1][fixed] == value]
+        found = [line for line in rows if getattr(line[-1], key) is not None]
+        for value in sorted({getattr(row, fixed) for _, _, row in found}):
+            some = [line for line in found if getattr(line[-1], fixed) == value]
             element = f"{name}-{len(charts) + 1}"
             where = f"{fixed} {value:,}"
             charts.append(_speed_chart(some, looks, unit, key, factor, over, where, element))
@@ -185,7 +202,7 @@ def speed_charts(bench: Bench, name: str) -> list[Chart]:
 
 
 def _speed_chart(
-    rows: list[tuple[str, int, dict[str, Any]]],
+    rows: list[tuple[str, int, BenchRow]],
     looks: list[str],
     unit: str,
     key: str,
@@ -194,21 +211,28 @@ def _speed_chart(
     fixed: str,
     name: str,
 ) -> Chart:
-    lines: list[tuple[str, list[int], list[dict[str, Any]]]] = []
+    def place(row: BenchRow) -> int:
+        at: int = getattr(row, over)
+        return at
+
+    def value(row: BenchRow) -> float:
+        return float(getattr(row, key)) * factor
+
+    lines: list[tuple[str, list[int], list[BenchRow]]] = []
     for label, run, row in rows:
         for other, runs, line in lines:
-            if other == label and row[over] not in [known[over] for known in line]:
+            if other == label and place(row) not in map(place, line):
                 runs.append(run)
                 line.append(row)
                 break
         else:
             lines.append((label, [run], [row]))
     labels = told_apart([(label, runs) for label, runs, _ in lines])
-    ordered = [sorted(line, key=lambda row: float(row[over])) for *_, line in lines]
+    ordered = [sorted(line, key=place) for *_, line in lines]
     numbers = [looks.index(label) for label, _, _ in lines]
-    places = sorted({row[over] for *_, row in rows})
+    places = sorted({place(row) for *_, row in rows})
     told = "; ".join(
-        f"{label}: " + ", ".join(f"{row[key] * factor:,.1f} at {row[over]:,}" for row in line)
+        f"{label}: " + ", ".join(f"{value(row):,.1f} at {place(row):,}" for row in line)
         for label, line in zip(labels, ordered, strict=True)
     )
     where = fixed if len(places) > 1 else f"{fixed}, {over} {places[0]:,}"
@@ -216,7 +240,7 @@ def _speed_chart(
     def draw(axes: Axes) -> None:
         if len(places) == 1:
             colours = [_colour(n, line[0]) for n, line in zip(numbers, ordered, strict=True)]
-            _bars(axes, labels, [line[0][key] * factor for line in ordered], colours)
+            _bars(axes, labels, [value(line[0]) for line in ordered], colours)
             axes.set_xlabel(unit)
             figure = axes.get_figure(root=True)
             assert figure is not None
@@ -226,16 +250,16 @@ def _speed_chart(
         markers = itertools.cycle(MARKERS)
         for number, label, line in zip(numbers, labels, ordered, strict=True):
             axes.plot(
-                [row[over] for row in line],
-                [row[key] * factor for row in line],
+                [place(row) for row in line],
+                [value(row) for row in line],
                 color=_colour(number, line[0]),
-                linestyle="--" if line[0]["mode"] == "oracle" else "-",
+                linestyle="--" if line[0].mode == ORACLE else "-",
                 marker=next(markers),
                 markersize=5,
-                label=label,
+                label=words.figure(label),
             )
         axes.set_xscale("log", base=2)
-        axes.set_xticks(places, [f"{place:,}" for place in places])
+        axes.set_xticks(places, [f"{at:,}" for at in places])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter("{x:,g}")
@@ -250,23 +274,23 @@ def _bars(
     axes: Axes, labels: Sequence[str], values: Sequence[float], colours: Sequence[str]
 ) -> None:
     """A bar a mode, with its figure at its end."""
-    bars = axes.barh(labels, values, color=colours, height=0.6)
+    shown = [words.figure(label) for label in labels]
+    bars = axes.barh(range(len(values)), values, tick_label=shown, color=colours, height=0.6)
     axes.bar_label(bars, fmt="{:,.1f}", padding=3)
     axes.set_xlim(0, max(values) * 1.15 or 1)
     axes.invert_yaxis()
 
 
-def _colour(number: int, row: dict[str, Any]) -> str:
+def _colour(number: int, row: BenchRow) -> str:
     """Grey for what is only compared with: other dense caches."""
-    return MUTED if row["mode"].startswith("dense") else SERIES[number % len(SERIES)]
+    return MUTED if row.mode.startswith("dense") else SERIES[number % len(SERIES)]
 
 
 def _chart(title: str, alternative: str, name: str, draw: Callable[[Axes], None]) -> Chart:
-    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
+    with drawing(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         FigureCanvasSVG(figure)  # draws to memory: no display, no global state
         axes = figure.add_subplot()
@@ -306,5 +330,5 @@ def _inline(document: str, name: str, alternative: str) -> str:
     for size in ("width", "height", "version"):
         root.attrib.pop(size, None)
     root.set("role", "img")
-    root.set("aria-label", alternative)
+    root.set("aria-label", words.terminal(alternative))
     return ElementTree.tostring(root, encoding="unicode")

@@ -6,26 +6,43 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ctxprune.evals.report.shapes import BENCH, EVAL, TRAINING, kind_of, no_results
+from ctxprune.evals.results import (
+    LATE,
+    READING,
+    Benchmark,
+    BenchRow,
+    Cell,
+    Evaluation,
+    Evicted,
+    Level,
+    Results,
+    Training,
+    decides,
+    listed,
+)
 
 DENSE = "dense"
-# Where rows leave (`--evict`): the default is what results of earlier versions are of.
-READING, LATE = "reading", "prompt"
 # Policies whose papers evict at the end of a prompt that was read whole.
 OWN_LATE = ("h2o", "knorm", "snapkv", "tova")
 # Tasks that are made of the text of the evaluation: on another text they are other tasks.
-OF_TEXT = ("fidelity", "retrieval", "last_word")
+OF_TEXT = (
+    "fidelity",
+    *("retrieval", "multi_key", "multi_value", "variable_tracking", "counting"),
+    *("conversation", "last_word"),
+)
+
+
+Of = TypeVar("Of", bound=Results)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A result as it was written: the files that hold it, what made it, and all of it."""
+    """A result as it was written, and the files that hold it."""
 
     files: list[str]
-    kind: str
-    results: dict[str, Any]
+    results: Results
 
 
 @dataclass(frozen=True)
@@ -55,18 +72,23 @@ class Point:
     """A subject at one level, on one text or task.
 
     Attributes:
-        requested, sparsity: asked for, and realised on this text or task.
-        figures: by name: `perplexity`, `cache_sparsity`, or what a task gives.
+        requested: the level. sparsity, rows, cache_sparsity: what was evicted: see `Evicted`.
+        figures: metrics and their errors by name: `perplexity`, or what a task gives.
+        not_finite: what metrics were that are no figures.
         run: the number of the run that measured it, the first one if several agree.
-        cells: of retrieval: `length`, `depth` and `acc`.
+        chance: the accuracy of guessing. cells: of a long-context task.
     """
 
     subject: Subject
     requested: float
     sparsity: float
+    rows: float | None
+    cache_sparsity: float | None
     figures: dict[str, float]
+    not_finite: dict[str, str]
     run: int = field(compare=False)
-    cells: tuple[dict[str, float], ...] = ()
+    chance: float | None = None
+    cells: tuple[Cell, ...] = ()
 
 
 @dataclass
@@ -121,13 +143,19 @@ class Panel:
         return list(zip(labels, ordered, strict=True))
 
     def dense_of(self, point: Point, figure: str) -> float | None:
-        """The figure of the same model with nothing evicted, None where it was not measured."""
+        """The figure of the same model with nothing evicted, None where it was not measured.
+
+        Of the same run, if it did: models of the same name may be others.
+        """
         wanted = (point.subject.model, point.subject.dtype)
-        for other in self.points:
-            subject = other.subject
-            if subject.policy == DENSE and (subject.model, subject.dtype) == wanted:
-                return other.figures.get(figure)
-        return None
+        found = [
+            other
+            for other in self.points
+            if other.subject.policy == DENSE
+            and (other.subject.model, other.subject.dtype) == wanted
+        ]
+        found.sort(key=lambda other: other.run != point.run)
+        return found[0].figures.get(figure) if found else None
 
     def note(self) -> str:
         """How often policies evict, where it is not at every token; who is not in its own way."""
@@ -158,7 +186,7 @@ class Bench:
     """
 
     title: str
-    parts: list[tuple[int, dict[str, Any], list[dict[str, Any]]]] = field(default_factory=list)
+    parts: list[tuple[int, Benchmark, list[BenchRow]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -178,31 +206,25 @@ class Merged:
     texts: tuple[Panel, ...]
     tasks: tuple[Panel, ...]
     benches: tuple[Bench, ...]
-    trainings: tuple[Run, ...]
+    trainings: tuple[Training, ...]
 
     @property
-    def alone(self) -> dict[str, Any] | None:
-        """The results, where there is one evaluation and nothing else."""
-        run = self.runs[0]
-        return run.results if len(self.runs) == 1 and run.kind == EVAL else None
-
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
+    def evaluations(self) -> list[Evaluation]:
         """The results of all evaluations."""
-        return [run.results for run in self.runs if run.kind == EVAL]
+        return [results for _, results in _of_kind(self.runs, Evaluation)]
 
 
 def merge(contents: Iterable[tuple[str, Any]]) -> Merged:
     """Merge the contents of files: results, or lists of them as recipes leave them.
 
     Args:
-        contents: a file's name, and what it holds.
+        contents: a file's name, and what it holds, as JSON or typed already.
 
     Raises:
         CtxpruneError: a file holds no results, or some that are not whole.
     """
     runs = _runs(contents)
-    models = short_names((run.results["model"] for run in runs), parts=1)
+    models = short_names((run.results.model for run in runs), parts=1)
     texts, tasks = _panels(runs, models)
     subjects = _ordered([*texts, *tasks], list(models.values()))
     return Merged(
@@ -212,15 +234,8 @@ def merge(contents: Iterable[tuple[str, Any]]) -> Merged:
         texts,
         tasks,
         _benches(runs, models),
-        tuple(run for run in runs if run.kind == TRAINING),
+        tuple(results for _, results in _of_kind(runs, Training)),
     )
-
-
-def decides(policy: str, evict: str, max_rows: int | None) -> str:
-    """Who decides what stays, from when on, and under which cap, in words."""
-    late = ", after the prompt" if evict == LATE else ""
-    cap = f", at most {max_rows} rows" if max_rows else ""
-    return f"{policy}{late}{cap}"
 
 
 def out_of_place(measured: Iterable[tuple[str, str]]) -> list[str]:
@@ -263,56 +278,62 @@ def _runs(contents: Iterable[tuple[str, Any]]) -> list[Run]:
     """Every result once, in the order given."""
     runs: list[Run] = []
     for file, content in contents:
-        if content == []:
-            raise no_results(file)
-        for results in content if isinstance(content, list) else [content]:
+        for results in listed(file, content):
             same = next((run for run in runs if run.results == results), None)
             if same is None:
-                runs.append(Run([file], kind_of(file, results), results))
+                runs.append(Run([file], results))
             elif file not in same.files:
                 same.files.append(file)
     return runs
+
+
+def _of_kind(runs: Sequence[Run], kind: type[Of]) -> list[tuple[int, Of]]:
+    """The runs of a command, with their numbers."""
+    numbered = enumerate((run.results for run in runs), start=1)
+    return [(number, results) for number, results in numbered if isinstance(results, kind)]
 
 
 def _panels(
     runs: Sequence[Run], models: dict[str, str]
 ) -> tuple[tuple[Panel, ...], tuple[Panel, ...]]:
     """Perplexity by text, context and number of tokens; tasks by name and documents."""
-    names = short_names((str(run.results.get("text")) for run in runs), parts=2)
+    names = short_names((run.results.text for run in runs), parts=2)
     texts: dict[tuple[Any, ...], Panel] = {}
     tasks: dict[tuple[Any, ...], Panel] = {}
-    for number, run in enumerate(runs, start=1):
-        if run.kind != EVAL:
-            continue
-        results = run.results
-        text = names[str(results.get("text"))]
-        for level in results["levels"]:
-            prompt = results.get("prompt")
-            after = (f"after {prompt:,}",) if prompt else ()
-            facts = (f"context {results['context']:,}", *after, f"{level['tokens']:,} tokens")
+    for number, results in _of_kind(runs, Evaluation):
+        text = names[results.text] or "a text"
+        for level in results.levels:
+            after = (f"after {results.prompt:,}",) if results.prompt else ()
+            facts = (f"context {results.context:,}", *after, f"{level.tokens:,} tokens")
             panel = texts.setdefault((text, facts), Panel(text, facts))
-            figures = {name: level[name] for name in ("perplexity", "cache_sparsity")}
-            if level.get("rows") is not None:
-                figures["rows"] = level["rows"]
-            _add(panel, _point(number, run, level, level["sparsity"], figures, models))
-            every = results.get("evicts_every")
-            if every and level["sparsity"] > 0:
-                panel.periods.setdefault(results["policy"], set()).add(every)
-            for task, scores in level["tasks"].items():
-                figures = {
-                    name: value
-                    for name, value in scores.items()
-                    if isinstance(value, (int, float)) and name not in ("sparsity", "n")
-                }
-                about: tuple[str, ...] = (f"{scores['n']:,} documents",) if "n" in scores else ()
-                about += (f"{scores['shots']}-shot",) if scores.get("shots") else ()
-                about += ("as a chat",) if results.get("apply_chat_template") else ()
+            subject = _subject(results, level, models)
+            _add(panel, Point(subject, *_measured(level, level), level.figures, {}, number))
+            if results.evicts_every and level.sparsity > 0:
+                panel.periods.setdefault(results.policy, set()).add(results.evicts_every)
+            for task, scores in level.tasks.items():
+                about: tuple[str, ...] = ()
+                about += (f"{scores.n:,} documents",) if scores.n is not None else ()
+                about += (f"{scores.shots}-shot",) if scores.shots else ()
+                about += ("as a chat",) if results.apply_chat_template else ()
                 if task in OF_TEXT:
                     about = (text, *about)
                 panel = tasks.setdefault((task, about), Panel(task, about))
-                sparsity, cells = scores["sparsity"], tuple(scores.get("cells", ()))
-                _add(panel, _point(number, run, level, sparsity, figures, models, cells))
+                point = Point(
+                    subject,
+                    *_measured(level, scores),
+                    scores.figures,
+                    scores.not_finite,
+                    number,
+                    scores.chance,
+                    tuple(scores.cells),
+                )
+                _add(panel, point)
     return tuple(texts.values()), tuple(tasks.values())
+
+
+def _measured(level: Level, of: Evicted) -> tuple[float, float, float | None, float | None]:
+    """The level asked for, and what was evicted of a text or a task."""
+    return level.sparsity_requested, of.sparsity, of.rows, of.cache_sparsity
 
 
 def _ordered(panels: Sequence[Panel], models: Sequence[str]) -> tuple[Subject, ...]:
@@ -325,25 +346,11 @@ def _ordered(panels: Sequence[Panel], models: Sequence[str]) -> tuple[Subject, .
     return tuple(subjects)
 
 
-def _point(
-    number: int,
-    run: Run,
-    level: dict[str, Any],
-    sparsity: float,
-    figures: dict[str, float],
-    models: dict[str, str],
-    cells: tuple[dict[str, float], ...] = (),
-) -> Point:
-    results, requested = run.results, level["sparsity_requested"]
-    dense = requested == 0 and level["sparsity"] == 0  # a cap on rows evicts at 0 too
-    subject = Subject(
-        models[results["model"]],
-        DENSE if dense else results["policy"],
-        READING if dense else results.get("evict", READING),
-        None if dense else results.get("max_rows"),
-        results.get("dtype", ""),
-    )
-    return Point(subject, requested, sparsity, figures, number, cells)
+def _subject(results: Evaluation, level: Level, models: dict[str, str]) -> Subject:
+    model = models[results.model]
+    if level.is_dense:
+        return Subject(model, DENSE, READING, None, results.dtype)
+    return Subject(model, results.policy, results.evict, results.max_rows, results.dtype)
 
 
 def _add(panel: Panel, point: Point) -> None:
@@ -353,28 +360,25 @@ def _add(panel: Panel, point: Point) -> None:
 
 def _benches(runs: Sequence[Run], models: dict[str, str]) -> tuple[Bench, ...]:
     benches: dict[tuple[Any, ...], Bench] = {}
-    for number, run in enumerate(runs, start=1):
-        if run.kind != BENCH:
-            continue
-        results = run.results
-        facts = [models[results["model"]]]
-        facts += ["random weights"] if results["random_weights"] else []
-        facts += [f"{results['dtype']} on {results['machine']}", threads(results)]
-        facts += ["prompts of unequal lengths"] if results["unequal"] else []
+    for number, results in _of_kind(runs, Benchmark):
+        facts = [models[results.model]]
+        facts += ["random weights"] if results.random_weights else []
+        facts += [f"{results.dtype} on {results.machine}", threads(results.threads)]
+        facts += ["prompts of unequal lengths"] if results.unequal else []
         bench = benches.setdefault(tuple(facts), Bench(", ".join(facts)))
         # Who decides is part of a row: the same figures of another policy are no repeat.
         known = [
             row
             for _, other, rows in bench.parts
-            if all(other[key] == results[key] for key in ("policy", "evict", "max_rows"))
+            if other.decider == results.decider
             for row in rows
         ]
-        rows = [row for row in results["rows"] if row not in known]
+        rows = [row for row in results.rows if row not in known]
         if rows:
             bench.parts.append((number, results, rows))
     return tuple(benches.values())
 
 
-def threads(results: dict[str, Any]) -> str:
+def threads(count: int) -> str:
     """How many threads did the work, in words."""
-    return f"{results['threads']} thread{'s' * (results['threads'] != 1)}"
+    return f"{count} thread{'s' * (count != 1)}"

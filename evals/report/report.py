@@ -6,18 +6,29 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from rich.table import Table as RichTable
 
-from ctxprune.evals.report.charts import BY_REQUEST, REALISED, widen
-from ctxprune.evals.report.merged import LATE, READING, decides, out_of_place
+from ctxprune.evals.report.charts import BY_REQUEST, REALISED, drawing, widen
+from ctxprune.evals.report.merged import Point, out_of_place
 from ctxprune.evals.report.tables import Table, markdown_table, terminal_table
+from ctxprune.evals.results import (
+    ERROR,
+    HUGE,
+    LATE,
+    Cell,
+    Evaluation,
+    Evicted,
+    Level,
+    Scores,
+    is_error,
+)
+from ctxprune.pruner import words
 from ctxprune.pruner.files import whole
 
-Results = Sequence[dict[str, Any]]
+Results = Sequence[Evaluation]
 
-RETRIEVED = "Accuracy of retrieval by length of the prompt and depth of the fact"
 TASKS = "Tasks"
 TEXT = "Perplexity of the text"
 # What sparsity means, wherever a table says it.
@@ -26,18 +37,25 @@ LEGEND = (
     "left: of a layer at the end of a text, and their share of its tokens, which is 1 - "
     "`compression_ratio` of kvpress"
 )
-# What a task gives beside its metrics.
-_ABOUT = ("sparsity", "rows", "cache_sparsity", "capped", "n", "documents", "shots", "chance")
-_ERROR = "_stderr"
+
+
+class Measured(Protocol):
+    """Metrics and their errors by name, and what the metrics were that are no figures."""
+
+    @property
+    def figures(self) -> Mapping[str, float]: ...  # noqa: D102
+
+    @property
+    def not_finite(self) -> Mapping[str, str]: ...  # noqa: D102
 
 
 def markdown(results: Results) -> str:
     """A table of perplexities with a row per model, policy and level, and what was measured.
 
-    Tables of all metrics of tasks, and of the cells of retrieval, follow where there are any.
+    Tables of all metrics of tasks, and of the cells of each long-context task, follow.
     """
     parts = [markdown_table(_texts(results)), _note(results)]
-    for table in (_tasks(results), _retrieved(results)):
+    for table in (_tasks(results), *_cells(results)):
         if table.rows:
             parts += [f"{table.title}:", markdown_table(table)]
     return "\n\n".join([*parts, LEGEND]) + "\n"
@@ -45,7 +63,7 @@ def markdown(results: Results) -> str:
 
 def rich_tables(results: Results) -> list[RichTable]:
     """The same tables for a terminal."""
-    others = [table for table in (_tasks(results), _retrieved(results)) if table.rows]
+    others = [table for table in (_tasks(results), *_cells(results)) if table.rows]
     notes = [_note(results), *[""] * len(others)]
     notes[-1] = "; ".join(note for note in (notes[-1], LEGEND) if note)
     pairs = zip([_texts(results), *others], notes, strict=True)
@@ -57,71 +75,58 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # draws to memory: no display, no global state
-    axes = figure.add_subplot()
-    markers = itertools.cycle("osD^vPX")
-    dense: dict[str, float] = {}
-    late = any(_evict(result) == LATE for result in results)
-    over = "sparsity_requested" if late else "sparsity"
-    for result in results:
-        points = [(level[over], level["perplexity"]) for level in result["levels"]]
-        if any(level["sparsity_requested"] > 0 for level in result["levels"]):
-            x, y = zip(*sorted(points), strict=True)
-            axes.plot(x, y, marker=next(markers), label=_label(result, results))
-        for level in result["levels"]:
-            if level["sparsity_requested"] == 0:
-                dense[_model(result)] = level["perplexity"]
-    styles = itertools.cycle(("--", ":", "-."))
-    for (model, value), style in zip(dense.items(), styles, strict=False):
-        axes.axhline(value, color="0.35", linestyle=style, label=f"dense, {model} ({value:.2f})")
-    widen(axes, [level["perplexity"] for result in results for level in result["levels"]])
-    axes.set_xlabel(BY_REQUEST if late else REALISED)
-    axes.set_ylabel("perplexity")
-    axes.set_title(_note(results), fontsize="medium")
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with drawing():
+        figure = Figure(figsize=(7.5, 4.8), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)  # draws to memory: no display, no global state
+        axes = figure.add_subplot()
+        markers = itertools.cycle("osD^vPX")
+        dense: dict[str, float] = {}
+        late = any(result.evict == LATE for result in results)
+        for result in results:
+            points = [
+                (level.sparsity_requested if late else level.sparsity, level.perplexity)
+                for level in result.levels
+            ]
+            if result.prunes:
+                x, y = zip(*sorted(points), strict=True)
+                label = words.figure(_label(result, results))
+                axes.plot(x, y, marker=next(markers), label=label)
+            for level in result.levels:
+                if level.sparsity_requested == 0:
+                    dense[result.name] = level.perplexity
+        styles = itertools.cycle(("--", ":", "-."))
+        for (model, value), style in zip(dense.items(), styles, strict=False):
+            label = words.figure(f"dense, {model} ({value:.2f})")
+            axes.axhline(value, color="0.35", linestyle=style, label=label)
+        widen(axes, [level.perplexity for result in results for level in result.levels])
+        axes.set_xlabel(BY_REQUEST if late else REALISED)
+        axes.set_ylabel("perplexity")
+        axes.set_title(words.line(_note(results)), fontsize="medium")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+        with whole(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
-def _model(result: dict[str, Any]) -> str:
-    return Path(result["model"]).name or result["model"]
-
-
-def _label(result: dict[str, Any], results: Results) -> str:
+def _label(result: Evaluation, results: Results) -> str:
     """The policy, with the model's name where several models are compared."""
-    pruned = {
-        _model(other)
-        for other in results
-        if any(level["sparsity_requested"] > 0 for level in other["levels"])
-    }
-    return decider(result) if len(pruned) == 1 else f"{decider(result)}, {_model(result)}"
-
-
-def _evict(result: dict[str, Any]) -> str:
-    evict: str = result.get("evict", READING)
-    return evict
-
-
-def decider(result: dict[str, Any]) -> str:
-    """Who decided in an evaluation or a benchmark, and when, in words."""
-    return decides(result["policy"], _evict(result), result.get("max_rows"))
+    several = len({other.name for other in results if other.prunes}) > 1
+    return f"{result.decider}, {result.name}" if several else result.decider
 
 
 def _note(results: Results) -> str:
     """What every figure has to be read with: context length and number of tokens."""
-    contexts = sorted({result["context"] for result in results})
-    tokens = sorted({level["tokens"] for result in results for level in result["levels"]})
-    periods = {result["policy"]: result["evicts_every"] for result in results}
+    contexts = sorted({result.context for result in results})
+    tokens = sorted({level.tokens for result in results for level in result.levels})
+    periods = {result.policy: result.evicts_every for result in results}
     slow = [f"{policy} evicts every {n} tokens at most" for policy, n in periods.items() if n > 1]
-    prompts = sorted({result["prompt"] for result in results if result.get("prompt")})
+    prompts = sorted({result.prompt for result in results if result.prompt})
     after = f", scored after {', '.join(map(str, prompts))}" if prompts else ""
     pruned = [
-        (result["policy"], _evict(result))
+        (result.policy, result.evict)
         for result in results
-        if any(level["sparsity"] > 0 for level in result["levels"])
+        if any(level.sparsity > 0 for level in result.levels)
     ]
     return "; ".join(
         [
@@ -135,12 +140,12 @@ def _note(results: Results) -> str:
 
 def _texts(results: Results) -> Table:
     """A row per level: what was evicted of the text, and its perplexity."""
-    several = len({_model(result) for result in results}) > 1
+    several = len({result.name for result in results}) > 1
     header = [*_heads(several), "realised", "rows left", "perplexity"]
     rows = []
-    paired = any("against_dense" in level for result in results for level in result["levels"])
+    paired = any(level.against_dense for result in results for level in result.levels)
     for result in results:
-        for level in result["levels"]:
+        for level in result.levels:
             row = [*_subject(result, level, several), *gone(level), score(level, "perplexity")]
             rows.append(row + ([_over_dense(level)] if paired else []))
     return Table(header + ["over dense"] * paired, rows, 1 + several, TEXT)
@@ -148,12 +153,12 @@ def _texts(results: Results) -> Table:
 
 def _tasks(results: Results) -> Table:
     """A row per task, metric, and level, in the order of tasks."""
-    several = len({_model(result) for result in results}) > 1
+    several = len({result.name for result in results}) > 1
     found: dict[tuple[str, str], list[list[str]]] = {}
     for result in results:
-        for level in result["levels"]:
-            for task, scores in level["tasks"].items():
-                shots = f", {scores['shots']}-shot" if scores.get("shots") else ""
+        for level in result.levels:
+            for task, scores in level.tasks.items():
+                shots = f", {scores.shots}-shot" if scores.shots else ""
                 for metric in metrics_of(scores):
                     row = [
                         *_subject(result, level, several),
@@ -168,75 +173,69 @@ def _tasks(results: Results) -> Table:
     return Table([*header, "value", "- dense", "n"], rows, 3 + several, TASKS)
 
 
-def metrics_of(scores: Mapping[str, Any]) -> list[str]:
+def metrics_of(measured: Measured) -> list[str]:
     """The metrics that a task gave, all of them, in its order."""
-    return [
-        name
-        for name, value in scores.items()
-        if isinstance(value, (int, float)) and name not in _ABOUT and not _is_error(name)
-    ]
+    names = dict.fromkeys((*measured.figures, *measured.not_finite))
+    return [name for name in names if not is_error(name)]
 
 
-def _is_error(name: str) -> bool:
-    return name == "stderr" or name.partition(",")[0].endswith(_ERROR)
-
-
-def gone(figures: Mapping[str, Any]) -> list[str]:
+def gone(of: Evicted | Point) -> list[str]:
     """The realised sparsity, and what is left at the end of a text: rows, and their share."""
-    left = score(figures, "rows")
-    if left and figures.get("cache_sparsity") is not None:
-        left += f" ({1 - figures['cache_sparsity']:.0%})"
-    return [f"{figures['sparsity']:.3f}", left]
+    left = "" if of.rows is None else f"{of.rows:.0f}"
+    if left and of.cache_sparsity is not None:
+        left += f" ({1 - of.cache_sparsity:.0%})"
+    return [f"{of.sparsity:.3f}", left]
 
 
-def _documents(scores: Mapping[str, Any]) -> str:
+def _documents(scores: Scores) -> str:
     """How many documents were scored, and of how many."""
-    n, of = scores.get("n"), scores.get("documents")
+    n, of = scores.n, scores.documents
     return "" if n is None else f"{n:,}" if of in (None, n) else f"{n:,} of {of:,}"
 
 
-def _difference(scores: Mapping[str, Any], metric: str) -> str:
+def _difference(scores: Scores, metric: str) -> str:
     """How much a metric differs from the dense model's on the same documents."""
-    found = scores.get("against_dense", {}).get(metric)
+    found = scores.against_dense.get(metric)
     if found is None:
         return ""
-    error = f" ± {found['stderr']:.3f}" if "stderr" in found else ""
-    return f"{found['difference']:+.3f}{error}"
+    error = "" if found.stderr is None else f" ± {found.stderr:.3f}"
+    return f"{found.difference:+.3f}{error}"
 
 
-def _over_dense(level: Mapping[str, Any]) -> str:
+def _over_dense(level: Level) -> str:
     """How much higher the perplexity is than the dense model's, from the paired windows."""
-    found = level.get("against_dense", {}).get("nll")
+    found = level.against_dense.get("nll")
     if found is None:
         return ""
-    factor = math.exp(found["difference"])
-    error = f" ± {factor * found['stderr']:.1%}" if "stderr" in found else ""
+    factor = math.exp(min(found.difference, math.log(HUGE)))
+    error = "" if found.stderr is None else f" ± {factor * found.stderr:.1%}"
     return f"{factor - 1:+.1%}{error}"
 
 
-def _retrieved(results: Results) -> Table:
-    """The cells of retrieval."""
-    return retrieved(
-        (_subject(result, level, True), level["tasks"]["retrieval"]["cells"])
-        for result in results
-        for level in result["levels"]
-        if "retrieval" in level["tasks"]
-    )
+def _cells(results: Results) -> list[Table]:
+    """A table of the cells of each task that has some."""
+    found: dict[str, list[tuple[list[str], Sequence[Cell]]]] = {}
+    for result in results:
+        for level in result.levels:
+            for task, scores in level.tasks.items():
+                if scores.cells:
+                    about = _subject(result, level, True)
+                    found.setdefault(task, []).append((about, scores.cells))
+    return [retrieved(task, some) for task, some in found.items()]
 
 
-def retrieved(found: Iterable[tuple[list[str], Sequence[dict[str, Any]]]]) -> Table:
+def retrieved(task: str, found: Iterable[tuple[list[str], Sequence[Cell]]]) -> Table:
     """A row per subject (model, policy, level) and length; `found` has its cells with each."""
     every = list(found)
-    depths = sorted({cell["depth"] for _, cells in every for cell in cells})
+    depths = sorted({cell.depth for _, cells in every for cell in cells})
     rows = []
     for subject, cells in every:
-        for length in dict.fromkeys(cell["length"] for cell in cells):
-            acc = {
-                cell["depth"]: f"{cell['acc']:.2f}" for cell in cells if cell["length"] == length
-            }
+        for length in dict.fromkeys(cell.length for cell in cells):
+            acc = {cell.depth: f"{cell.acc:.2f}" for cell in cells if cell.length == length}
             rows.append([*subject, f"{length}", *(acc.get(depth, "") for depth in depths)])
     header = ["model", "policy", "sparsity", "length", *(f"{depth:g}" for depth in depths)]
-    return Table(header, rows, 2, RETRIEVED)
+    title = f"Accuracy of {task} by length of the prompt and depth of the first fact"
+    return Table(header, rows, 2, title)
 
 
 def _heads(several: bool) -> list[str]:
@@ -244,24 +243,20 @@ def _heads(several: bool) -> list[str]:
     return ["model"] * several + ["policy", "sparsity"]
 
 
-def _subject(result: dict[str, Any], level: dict[str, Any], several: bool) -> list[str]:
+def _subject(result: Evaluation, level: Level, several: bool) -> list[str]:
     """What a row is about: the model where there are several, policy, and the level asked for."""
-    requested = level["sparsity_requested"]
-    dense = requested == 0 and level["sparsity"] == 0  # a cap on rows evicts at 0 too
-    about = ["dense" if dense else decider(result), f"{requested:g}"]
-    return [_model(result)] * several + about
+    about = ["dense" if level.is_dense else result.decider, f"{level.sparsity_requested:g}"]
+    return [result.name] * several + about
 
 
-def score(scores: Mapping[str, Any], metric: str) -> str:
+def score(measured: Measured, metric: str) -> str:
     """A metric with its standard error, if it has one; empty where it was not measured."""
-    value = scores.get(metric)
+    value = measured.figures.get(metric)
     if value is None:
-        return ""
-    if metric == "rows":
-        return f"{value:.0f}"
+        return measured.not_finite.get(metric, "")
     name, comma, filtered = metric.partition(",")
     # earlier versions had an error of `acc` alone
-    old = scores.get("stderr") if metric == "acc" else None
-    error = scores.get(name + _ERROR + comma + filtered, old)
+    old = measured.figures.get("stderr") if metric == "acc" else None
+    error = measured.figures.get(name + ERROR + comma + filtered, old)
     form = ".2f" if "perplexity" in metric or abs(value) >= 10 else ".3f"
     return format(value, form) + (f" ± {format(error, form)}" if error is not None else "")

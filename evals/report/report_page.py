@@ -5,27 +5,25 @@ from __future__ import annotations
 import itertools
 import shlex
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from importlib.resources import files
 from string import Template
-from typing import Any
 
 from ctxprune.evals.places import without_place
 from ctxprune.evals.report.charts import Chart, accuracy_chart, perplexity_chart, speed_charts
-from ctxprune.evals.report.merged import DENSE, Bench, Merged, Panel, Point, Run, Subject, threads
+from ctxprune.evals.report.merged import DENSE, Bench, Merged, Panel, Point, Subject, threads
 from ctxprune.evals.report.report import (
     LEGEND,
-    RETRIEVED,
-    decider,
     gone,
     metrics_of,
     retrieved,
     score,
 )
-from ctxprune.evals.report.tables import Table, html_table, markdown_table, plain
+from ctxprune.evals.report.tables import Table, html_table, markdown_table
+from ctxprune.evals.results import Decided, Evaluation, Origin, Training, kind_of
 from ctxprune.evals.speed import speed_report, training_report
+from ctxprune.pruner import words
 
 TITLE = "What was measured"
 RUN = "run"  # the column that leads to the provenance
@@ -71,13 +69,16 @@ def markdown(merged: Merged, *, level: int = 1, provenance: bool = True) -> str:
             continue
         lines += [f"{head} {section}", "", NOTES[section], ""]
         for part in parts:
-            lines += [f"{head}# {plain(part.title)}", ""] if part.title else []
+            lines += [f"{head}# {words.markdown(part.title)}", ""] if part.title else []
             for table in part.tables:
-                lines += [f"{plain(table.title)}:", ""] if len(part.tables) > 1 else []
+                lines += [f"{words.paragraph(table.title)}:", ""] if len(part.tables) > 1 else []
                 lines += [markdown_table(table if provenance else _without_run(table)), ""]
-            lines += [line for note in part.notes if note for line in (plain(note), "")]
+            lines += [line for note in part.notes if note for line in (words.paragraph(note), "")]
             if part.verbatim:
-                lines += [textwrap.indent(part.verbatim, "    ", lambda line: True), ""]
+                lines += [
+                    textwrap.indent(words.terminal(part.verbatim), "    ", lambda line: True),
+                    "",
+                ]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -95,21 +96,21 @@ def html(merged: Merged) -> str:
         together = all(len(part.charts) < 2 for part in parts)
         body += _charts([chart for part in parts for chart in part.charts if together])
         for part in parts:
-            body += [f"<h3>{escape(part.title)}</h3>"] if part.title else []
+            body += [f"<h3>{words.html(part.title)}</h3>"] if part.title else []
             body += [] if together else _charts(part.charts)
             body += [html_table(table, f"table-{next(tables)}") for table in part.tables]
-            body += [f'<p class="note">{escape(note)}</p>' for note in part.notes if note]
-            body += [f"<pre>{escape(part.verbatim)}</pre>"] if part.verbatim else []
+            body += [f'<p class="note">{words.html(note)}</p>' for note in part.notes if note]
+            body += [f"<pre>{words.html(part.verbatim)}</pre>"] if part.verbatim else []
         body.append("</section>")
     header = [
         f"<h1>{TITLE}</h1>",
-        f"<p>{escape(_summary(merged))}</p>",
+        f"<p>{words.html(_summary(merged))}</p>",
         f'<nav aria-label="Sections"><ul>{"".join(links)}</ul></nav>',
     ]
     template = files("ctxprune.evals.report").joinpath("report.html").read_text(encoding="utf-8")
     title = f"{TITLE}: {', '.join(merged.models.values())}"
     return Template(template).substitute(
-        title=escape(title), header="\n".join(header), main="\n".join(body)
+        title=words.html(title), header="\n".join(header), main="\n".join(body)
     )
 
 
@@ -117,7 +118,7 @@ def _charts(charts: Sequence[Chart]) -> list[str]:
     if not charts:
         return []
     figures = [
-        f"<figure><figcaption>{escape(chart.title)}</figcaption>\n{chart.svg}\n</figure>"
+        f"<figure><figcaption>{words.html(chart.title)}</figcaption>\n{chart.svg}\n</figure>"
         for chart in charts
     ]
     return ['<div class="charts">', *figures, "</div>"]
@@ -158,7 +159,7 @@ def _sections(merged: Merged, *, charts: bool) -> list[tuple[str, list[Part]]]:
         ("Perplexity", texts),
         ("Tasks", tasks),
         ("Speed and memory", benches),
-        ("Tuning", [_training(run, merged.models) for run in merged.trainings]),
+        ("Tuning", [_training(one, merged.models) for one in merged.trainings]),
         ("Provenance", _provenance(merged)),
     ]
     return [(title, parts) for title, parts in sections if parts]
@@ -172,7 +173,7 @@ def _text(panel: Panel, subjects: Sequence[Subject] | None, name: str) -> Part:
         rows.append(
             [
                 *_subject(point),
-                *gone({**point.figures, "sparsity": point.sparsity}),
+                *gone(point),
                 f"{value:.2f}",
                 f"{value / dense - 1:+.1%}" if dense and point.subject.policy != DENSE else "",
                 str(point.run),
@@ -184,21 +185,21 @@ def _text(panel: Panel, subjects: Sequence[Subject] | None, name: str) -> Part:
 
 
 def _task(panel: Panel, subjects: Sequence[Subject] | None, name: str) -> Part:
-    metrics = list(dict.fromkeys(m for p in panel.points for m in metrics_of(p.figures)))
+    metrics = list(dict.fromkeys(m for p in panel.points for m in metrics_of(p)))
     rows = [
         [
             *_subject(point),
-            *gone({**point.figures, "sparsity": point.sparsity}),
-            *(score(point.figures, metric) for metric in metrics),
+            *gone(point),
+            *(score(point, metric) for metric in metrics),
             str(point.run),
         ]
         for point in panel.points
     ]
     header = [*ABOUT, *metrics, RUN]
     tables = [Table(header, rows, texts=2, title="Scores by level")]
-    cells = retrieved((_subject(point), point.cells) for point in panel.points if point.cells)
-    if cells.rows:
-        tables.append(Table(cells.header, cells.rows, cells.texts, RETRIEVED))
+    celled = [(_subject(point), point.cells) for point in panel.points if point.cells]
+    if celled:
+        tables.append(retrieved(panel.name, celled))
     chart = accuracy_chart(panel, subjects, name) if subjects else None
     return Part(panel.title, (chart,) if chart else (), tuple(tables), (panel.note(),))
 
@@ -210,7 +211,7 @@ def _subject(point: Point) -> list[str]:
 def _bench(bench: Bench, name: str, charts: bool) -> Part:
     tables: dict[str, Table] = {}
     for number, results, rows in bench.parts:
-        for table in speed_report.tables({**results, "rows": rows}):
+        for table in speed_report.tables(results.model_copy(update={"rows": rows})):
             first = tables.setdefault(table.title, replace(table, rows=[]))
             first.rows.extend([*row, str(number)] for row in table.rows)
     for title, table in tables.items():
@@ -220,13 +221,12 @@ def _bench(bench: Bench, name: str, charts: bool) -> Part:
     return Part(bench.title, shown, tuple(tables.values()), tuple(notes))
 
 
-def _training(run: Run, models: dict[str, str]) -> Part:
-    results = run.results
-    windows = f"{results['batch']} window{'s' * (results['batch'] != 1)} a step"
-    title = f"{models[results['model']]}, {results['train']}, {windows}"
-    if results["bf16"]:
+def _training(results: Training, models: dict[str, str]) -> Part:
+    windows = f"{results.batch} window{'s' * (results.batch != 1)} a step"
+    title = f"{models[results.model]}, {results.train}, {windows}"
+    if results.bf16:
         title += ", bf16"
-    title += f", on {results['machine']}, {threads(results)}"
+    title += f", on {results.machine}, {threads(results.threads)}"
     return Part(title, tables=(training_report.table(results),))
 
 
@@ -239,26 +239,25 @@ def _provenance(merged: Merged) -> list[Part]:
     versions: dict[str, list[int]] = {}
     for number, run in enumerate(merged.runs, start=1):
         results = run.results
-        on = results.get("machine", results.get("device", ""))
-        if "threads" in results:
-            on += f", {threads(results)}"
-        batch = results.get("batch_size", results.get("batch"))
+        on = results.machine or results.device
+        if results.threads is not None:
+            on += f", {threads(results.threads)}"
         rows.append(
             [
                 str(number),
-                run.kind,
-                merged.models[results["model"]],
-                decider(results) if "policy" in results else "",
-                without_place(results.get("text", "")),
+                kind_of(results),
+                merged.models[results.model],
+                results.decider if isinstance(results, Decided) else "",
+                without_place(results.text),
                 on,
-                results.get("dtype", ""),
-                results.get("date", ""),
-                *(_shown(value) for value in (results.get("seed"), results.get("limit"), batch)),
+                results.dtype,
+                results.date,
+                *map(_shown, (results.seed, *_how_many(results))),
                 ", ".join(map(without_place, run.files)),
             ]
         )
-        commands.setdefault(_command(results), []).append(number)
-        told = ", ".join(f"{name} {value}" for name, value in results.get("versions", {}).items())
+        commands.setdefault(_command(results.command), []).append(number)
+        told = ", ".join(f"{name} {value}" for name, value in results.versions.items())
         versions.setdefault(told, []).append(number)
     table = Table(header, rows, texts=len(header), title="Runs")
     notes = tuple(f"{_ranges(n)}: {told}" for told, n in versions.items() if told)
@@ -267,9 +266,15 @@ def _provenance(merged: Merged) -> list[Part]:
     return [*parts, Part("Commands", verbatim="\n".join(lines))] if lines else parts
 
 
-def _command(results: Mapping[str, Any]) -> str:
+def _how_many(results: Origin) -> tuple[int | None, int | str | None]:
+    """The limit on documents, and the batch."""
+    if isinstance(results, Evaluation):
+        return results.limit, results.batch_size
+    return None, results.batch if isinstance(results, Training) else None
+
+
+def _command(command: str) -> str:
     """The command of a result, which may be of a version that kept absolute paths."""
-    command: str = results.get("command", "")
     try:
         arguments = shlex.split(command)
     except ValueError:  # no command of a shell
@@ -278,8 +283,8 @@ def _command(results: Mapping[str, Any]) -> str:
     return command if shared == arguments else shlex.join(shared)
 
 
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
+def _shown(value: int | str | None) -> str:
+    return "" if value is None else f"{value}"
 
 
 def _ranges(numbers: Iterable[int]) -> str:

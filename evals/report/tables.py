@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from html import escape
 
 from rich.table import Table as RichTable
+
+from ctxprune.pruner import words
 
 
 @dataclass(frozen=True)
@@ -27,27 +27,28 @@ class Table:
 def markdown_table(table: Table) -> str:
     """Without the title, which is for the text before it."""
     rule = ["---"] * table.texts + ["---:"] * (len(table.header) - table.texts)
-    lines = [_escaped(table.header), rule, *map(_escaped, table.rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    header, *rows = ([words.markdown(cell) for cell in row] for row in (table.header, *table.rows))
+    lines = [header, rule, *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def html_table(table: Table, name: str) -> str:
     """A table that scrolls by itself where the page is narrow; `name` is its id."""
     kinds = ["" if n < table.texts else ' class="figure"' for n in range(len(table.header))]
     head = "".join(
-        f'<th scope="col"{kind}>{escape(cell)}</th>'
+        f'<th scope="col"{kind}>{words.html(cell)}</th>'
         for kind, cell in zip(kinds, table.header, strict=True)
     )
     lines = [
         f'<div class="table" role="region" aria-labelledby="{name}" tabindex="0"><table>',
-        f'<caption id="{name}">{escape(table.title)}</caption>',
+        f'<caption id="{name}">{words.html(table.title)}</caption>',
         f"<thead><tr>{head}</tr></thead>",
         "<tbody>",
     ]
     for row in table.rows:
-        cells = [f'<th scope="row">{escape(row[0])}</th>']
+        cells = [f'<th scope="row">{words.html(row[0])}</th>']
         for kind, cell in zip(kinds[1:], row[1:], strict=True):
-            cells.append(f"<td{kind}>{escape(cell)}</td>")
+            cells.append(f"<td{kind}>{words.html(cell)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return "\n".join([*lines, "</tbody>", "</table></div>"])
 
@@ -60,13 +61,3 @@ def terminal_table(table: Table, caption: str | None = None) -> RichTable:
     for row in table.rows:
         shown.add_row(*row)
     return shown
-
-
-def plain(text: str) -> str:
-    """A text from a file that stays a text in Markdown: no tags, no new lines."""
-    return re.sub(r"\s+", " ", text).replace("<", "&lt;")
-
-
-def _escaped(row: list[str]) -> list[str]:
-    """What neither ends a cell nor begins a tag."""
-    return [plain(cell).replace("|", "\\|") for cell in row]

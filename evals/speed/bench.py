@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ctxprune.evals.config import BenchConfig
+from ctxprune.evals.places import nearby
 from ctxprune.evals.provenance import extensions, provenance, worker
-from ctxprune.evals.report.shapes import PRUNED
+from ctxprune.evals.results import PRUNED, Part
 from ctxprune.evals.speed.comparison import Comparison
 from ctxprune.evals.speed.subject import (
     Subject,
@@ -34,6 +35,12 @@ PACKAGES = ("ctxprune", "torch", "transformers")
 NATIVE = {"AVX512-BF16", "AMX", "BF16"}
 
 Say = Callable[[str], None]
+
+
+class Rows(Part):
+    """What is kept of a dtype, batch size and context."""
+
+    rows: list[dict[str, Any]]
 
 
 def bench(
@@ -90,7 +97,7 @@ def _bench(
         "evict": config.evict,
         "unequal": config.unequal,
         "random_weights": config.architecture is not None,
-        "text": config.text or "embedded",
+        "text": nearby(config.text or "embedded"),
         "repeats": config.repeats,
         "prefills": config.prefills,
         "seed": config.seed,
@@ -127,7 +134,7 @@ def _measure(
     for batch, context in itertools.product(config.batch, config.context):
         label = f"{dtype}, batch {batch}, context {context}"
         key = digest([*common, dtype, batch, context])
-        kept = finished.get(key)
+        kept = finished.get(key, Rows)
         if kept is None:
             ids = prompts(text[context], batch) % handle.decoder.config.vocab_size
             compared = Comparison(model, config, ids, steps, lambda line: say(f"{dtype}, {line}"))
@@ -138,7 +145,7 @@ def _measure(
         repeated = batch > len(text[context])
         found[key] = [{**row, "text_repeated": repeated} for row in kept.result["rows"]]
     about = {
-        "model": subject.name,
+        "model": nearby(subject.name),
         "positions_enlarged": subject.positions_enlarged,
         "evicts_every": interval,
         "max_rows": handle.cap_of(config.max_rows),

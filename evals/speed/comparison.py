@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ctxprune.evals.config import BenchConfig
-from ctxprune.evals.report.shapes import DYNAMIC, ORACLE, PRUNED, STATIC
+from ctxprune.evals.results import DYNAMIC, ORACLE, PRUNED, STATIC
 from ctxprune.evals.speed.breakdown import breakdown
 from ctxprune.evals.speed.peak import peak_of
 from ctxprune.evals.speed.stopwatch import Stopwatch, spread, wait

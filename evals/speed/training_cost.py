@@ -1,35 +1,36 @@
 """What a step of tuning costs beside a step of dense fine-tuning of the same weights."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from ctxprune.evals.config import SOME, Context
+from ctxprune.evals.places import nearby
 from ctxprune.evals.provenance import provenance, worker
 from ctxprune.evals.speed.peak import peak_of
 from ctxprune.evals.speed.stopwatch import spread
 from ctxprune.evals.speed.subject import check_positions, from_folder, prompts
-from ctxprune.pruner.config import FromMapping, TuneConfig, check_at_least
+from ctxprune.pruner.config import Trained, TuneConfig
 from ctxprune.pruner.data import read_texts, windows
 from ctxprune.pruner.device import input_device, place
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.schema import STRICT, Count, Name, Settings
 from ctxprune.pruner.training.tune import Trainee, trainable
 
 DENSE, GATED, DISTILLED, LOCAL = "dense", "gated", "gated, distilled", "gates, local"
 PACKAGES = ("ctxprune", "torch", "transformers")
 
 
-@dataclass(frozen=True)
-class TrainingCostConfig(FromMapping):
+@dataclass(frozen=True, config=STRICT)
+class TrainingCostConfig(Settings):
     """One measurement.
 
     Attributes:
@@ -39,23 +40,19 @@ class TrainingCostConfig(FromMapping):
         text: of the windows, as for `EvalConfig`.
     """
 
-    context: tuple[int, ...] = (512, 1024, 2048)
-    batch: int = 1
-    train: str = "full"
+    context: Annotated[tuple[Context, ...], SOME] = (512, 1024, 2048)
+    batch: Count = 1
+    train: Trained = "full"
     bf16: bool = False
-    repeats: int = 5
-    text: str | None = None
+    repeats: Count = 5
+    text: Name | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "context", tuple(int(n) for n in self.context))
-        for name in ("batch", "repeats"):
-            check_at_least(name, getattr(self, name), 1)
         if self.train == "gates":
             raise CtxpruneError(
                 "a dense step trains no gates, so there is nothing to compare with",
                 "give `--train lora` or `--train full`",
             )
-        self.tuning()
 
     def tuning(self, distill: float = 0.0) -> TuneConfig:
         """The run that a step is taken from."""
@@ -118,7 +115,7 @@ def training_cost(
             for mode, times in seconds.items()
         ]
     return {
-        "model": subject.name,
+        "model": nearby(subject.name),
         "batch": config.batch,
         "train": config.train,
         "bf16": config.bf16,

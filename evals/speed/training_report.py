@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ctxprune.evals.report.tables import Table
+from ctxprune.evals.results import Training
 
 
-def table(results: dict[str, Any]) -> Table:
+def table(results: Training) -> Table:
     """A row per context and mode."""
     rows = []
-    for row in results["rows"]:
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
-        cells = [f"{row['step_s']['median']:.2f}", f"{row['ratio']:.2f}", peak]
-        rows.append([row["mode"], str(row["context"]), *cells])
+    for row in results.rows:
+        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}"
+        cells = [f"{row.step_s.median:.2f}", f"{row.ratio:.2f}", peak]
+        rows.append([row.mode, str(row.context), *cells])
     return Table(
         ["mode", "context", "step, s", "of dense", "peak, GB"],
         rows,

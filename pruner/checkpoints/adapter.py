@@ -33,10 +33,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ctxprune.pruner.checkpoints.hub import FAULTS
+from ctxprune.pruner.checkpoints.settings import AdapterSettings, Provenance
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import decoder_of
 from ctxprune.pruner.engine.handle import new_gates
 from ctxprune.pruner.errors import CtxpruneError, first_line
+from ctxprune.pruner.finite import check_finite
+from ctxprune.pruner.parsing import json_of
+from ctxprune.pruner.untrusted import check_file
 
 FILE = "adapter.ctxprune"
 SUFFIX = ".ctxprune"
@@ -53,11 +57,11 @@ class Adapter:
     """What an adapter file holds.
 
     Attributes:
-        about: `config` (of the gates), `provenance` and `lora_rank`.
+        about: settings of the gates, and where it comes from.
         lora, gates: tensors by name. name: of the file, for messages.
     """
 
-    about: dict[str, Any]
+    about: AdapterSettings
     lora: dict[str, Tensor]
     gates: dict[str, Tensor]
     name: str
@@ -101,7 +105,7 @@ def save(
     model: PreTrainedModel,
     gates: nn.ModuleList,
     config: PruneConfig,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
     *,
     rank: int,
     onto: Path | None = None,
@@ -119,11 +123,11 @@ def save(
     if onto is not None:
         before = read(onto)
         matrices = _stacked({n: matrix.float() for n, matrix in before.lora.items()}, matrices)
-        rank += before.about["lora_rank"]
+        rank += before.about.lora_rank
     write_peft(path.parent / PEFT, model, matrices, rank, provenance)
     matrices = {name: matrix.to(torch.bfloat16) for name, matrix in matrices.items()}
-    about = {"provenance": dict(provenance), "lora_rank": rank}
-    write(path, Adapter(about, matrices, gates.state_dict(), path.name), config)
+    about = AdapterSettings(config=config, provenance=provenance, lora_rank=rank)
+    write(path, Adapter(about, matrices, gates.state_dict(), path.name))
 
 
 def find(name: str) -> Path:
@@ -162,23 +166,31 @@ def read(path: Path) -> Adapter:
     """Read an adapter file.
 
     Raises:
-        CtxpruneError: there is none, or it is something else.
+        CtxpruneError: there is none, it is something else, or it holds NaN or infinity.
     """
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["ctxprune"])
+            said = (file.metadata() or {})["ctxprune"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError) as error:
         raise CtxpruneError(
             f"`{path}` is no adapter of ctxprune", f"give the {FILE} that `ctxprune tune` wrote"
         ) from error
-    return Adapter(about, _part(tensors, LORA), _part(tensors, GATES), str(path))
+    source = f"`{path}`"
+    about = AdapterSettings.from_mapping(json_of(said, source), source)
+    lora = _part(tensors, LORA)
+    ranks = {matrix.shape[0] for name, matrix in lora.items() if "lora_A" in name} or {0}
+    if ranks != {about.lora_rank}:
+        raise CtxpruneError(f"{source}: lora_rank must be the rank of its matrices, {max(ranks)}")
+    check_finite(tensors.items(), str(path))
+    return Adapter(about, lora, _part(tensors, GATES), str(path))
 
 
 def gates_alone(adapter: Adapter) -> Adapter:
     """The same gates without LoRA, for weights that stay as they were published."""
-    provenance = {"gates_of": adapter.about["provenance"].get("tune")}
-    about = {**adapter.about, "lora_rank": 0, "provenance": provenance}
+    provenance = Provenance(gates_of=adapter.about.provenance.get("tune"))
+    about = dataclasses.replace(adapter.about, lora_rank=0, provenance=provenance)
     return dataclasses.replace(adapter, about=about, lora={})
 
 
@@ -205,20 +217,22 @@ def mean(adapters: Sequence[Adapter]) -> Adapter:
                 f"`{first.name}` and `{adapter.name}` are adapters of different models",
                 "give adapters of one model",
             ) from error
-    about = {**first.about, "lora_rank": sum(adapter.about["lora_rank"] for adapter in adapters)}
+    provenance = first.about.provenance
     if others:
-        with_these = [adapter.about["provenance"] for adapter in others]
-        about["provenance"] = {**first.about["provenance"], "averaged_with": with_these}
+        with_these = [adapter.about.provenance for adapter in others]
+        provenance = {**provenance, "averaged_with": with_these}
+    rank = sum(adapter.about.lora_rank for adapter in adapters)
+    about = dataclasses.replace(first.about, lora_rank=rank, provenance=provenance)
     return Adapter(about, matrices, first.gates, first.name)
 
 
-def write(path: Path, adapter: Adapter, config: PruneConfig) -> None:
-    """Write an adapter, with a configuration that may have changed."""
+def write(path: Path, adapter: Adapter) -> None:
+    """Write an adapter."""
     tensors = {GATES + name: tensor for name, tensor in adapter.gates.items()}
     tensors |= {LORA + name: matrix for name, matrix in adapter.lora.items()}
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    about = {**adapter.about, "config": dataclasses.asdict(config)}
-    save_file(contiguous, path, metadata={"ctxprune": json.dumps(about)})
+    said = json.dumps(dataclasses.asdict(adapter.about))
+    save_file(contiguous, path, metadata={"ctxprune": said})
 
 
 def write_peft(
@@ -226,7 +240,7 @@ def write_peft(
     model: PreTrainedModel,
     matrices: Mapping[str, Tensor],
     rank: int,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
 ) -> None:
     """Write LoRA matrices as the folder that `PeftModel.from_pretrained` loads; none without any.
 
@@ -269,16 +283,17 @@ def apply(
         CtxpruneError: it is of another model.
     """
     about = adapter.about
-    config = PruneConfig.from_mapping({**about["config"], **changes}, adapter.name)
+    config = dataclasses.replace(about.config, **changes)
     gates = new_gates(model, config)
+    config.check_layers(len(gates), f"`{adapter.name}`")
     try:
         gates.load_state_dict(adapter.gates)
-        if about["lora_rank"]:
-            model = _merge(model, adapter.lora, about["lora_rank"])
+        if about.lora_rank:
+            model = _merge(model, adapter.lora, about.lora_rank)
     except (RuntimeError, KeyError) as error:
         raise CtxpruneError(
             f"`{adapter.name}` does not fit this model",
-            f"it was trained on {about['provenance'].get('base', 'another one')}",
+            f"it was trained on {about.provenance.get('base', 'another one')}",
         ) from error
     return model, gates, config
 

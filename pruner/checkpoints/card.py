@@ -6,9 +6,7 @@ markup.
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,12 @@ from typing import Any
 from gguf import GGUFReader
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
+from ctxprune.pruner import words
+
 TASK = "text-generation"
 TAGS = ("ctxprune", "kv-cache")
 # What a card says of the base that holds for all that is made of it.
 KEPT = ("license", "license_name", "license_link", "language", "base_model")
-# Figures of a task that say how it was measured, and are no scores.
-OTHER = ("sparsity", "cache_sparsity", "rows", "capped")
 
 
 def facts_of(source: str | Path) -> dict[str, Any]:
@@ -61,6 +59,11 @@ def _of_header(path: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value and _is_words(value)}
 
 
+def _said(value: Any) -> Any:
+    """Metadata, in one line each."""
+    return [words.line(each) for each in value] if isinstance(value, list) else words.line(value)
+
+
 def _is_words(value: Any) -> bool:
     """Whether metadata are a word, or some."""
     return isinstance(value, str) or (
@@ -73,7 +76,7 @@ def model_card(
     name: str,
     *,
     source: str = "DIR",
-    results: Sequence[Mapping[str, Any]] = (),
+    scores: Sequence[EvalResult] = (),
     measured: str = "",
 ) -> ModelCard:
     """The card of a folder.
@@ -81,24 +84,22 @@ def model_card(
     Args:
         about: what `checkpoint.describe` returned. name: of the model.
         source: what others give to `load`: a repository of the hub, or a word for the folder.
-        results: what `ctxprune eval --json` wrote, for the metadata; of one alone there is a table.
-        measured: tables in Markdown, in place of that one.
+        scores: for the metadata. measured: tables in Markdown.
     """
-    evaluated = [each for one in results for each in _evaluated(one)]
     provenance = about["provenance"]
     facts = provenance.get("origin", {})
     data = ModelCardData(
-        **{key: facts[key] for key in KEPT if key in facts},
+        **{key: _said(facts[key]) for key in KEPT if key in facts},
         datasets=_datasets(provenance) or None,
         library_name="transformers",
         pipeline_tag=TASK,
         tags=list(TAGS),
-        model_name=name if evaluated else None,
-        eval_results=evaluated or None,
+        model_name=words.line(name) if scores else None,
+        eval_results=list(scores) or None,
     )
     base = str(provenance.get("base", "unknown"))
     lines = [
-        f"# {text(base)}, with a cache that forgets",
+        f"# {words.markdown(base)}, with a cache that forgets",
         "",
         f"A `{about['model_type']}` model of {about['parameters']:,} parameters with "
         f"{about['parameters_added']:,} more in gates that drop tokens from its own KV cache",
@@ -141,16 +142,8 @@ def model_card(
             lines += ["", "The weights are the mean of these and of those tuned by", *_runs(other)]
     if measured:
         lines += ["", "## Measured", "", measured.rstrip("\n")]
-    elif len(results) == 1:
-        lines += ["", "## Measured", "", *_table(results[0])]
     body = "\n".join(lines) + "\n"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=True)
-
-
-def text(words: Any) -> str:
-    """Words of somebody else in one line of Markdown, where they mean nothing else."""
-    line = re.sub(r"\s+", " ", "".join(c if c.isprintable() else " " for c in str(words)))
-    return re.sub(r"([\\`*_\[\]<>#|~&$])", r"\\\1", line)
 
 
 def _install() -> list[str]:
@@ -168,71 +161,13 @@ def _datasets(provenance: Mapping[str, Any]) -> list[str]:
     """The data sets of the hub that the model was tuned on; of files `tune` tells no folder."""
     runs = [*provenance.get("earlier", []), provenance.get("tune", {})]
     sources = [str(run.get("data") or "").partition(":")[0] for run in runs]
-    return sorted({source for source in sources if "/" in source})
-
-
-def _evaluated(results: Mapping[str, Any]) -> Iterator[EvalResult]:
-    """The scores of an evaluation, each with the policy and the level that it is of."""
-    source = Path(str(results.get("text", "embedded"))).name
-    for level in results["levels"]:
-        said = f"{results.get('policy', 'gate')} at sparsity {level['sparsity_requested']:g}"
-        measured = [(source, {"perplexity": level.get("perplexity")})]
-        for task, scores in (*measured, *level.get("tasks", {}).items()):
-            for metric, value in scores.items():
-                known = metric in OTHER or metric.endswith("stderr")
-                if known or not isinstance(value, float) or not math.isfinite(value):
-                    continue
-                yield EvalResult(
-                    task_type=TASK,
-                    dataset_type=task,
-                    dataset_name=task,
-                    metric_type=metric,
-                    metric_name=f"{metric}, {said}",
-                    metric_value=value,
-                )
+    return sorted({words.line(source) for source in sources if "/" in source})
 
 
 def _runs(provenance: Mapping[str, Any]) -> list[str]:
     """A paragraph for each run of `tune`, the first one first."""
     lines = []
     for tuned in (*provenance.get("earlier", []), provenance["tune"]):
-        said = [f"{key} {text(value)}" for key, value in tuned.items() if value is not None]
-        lines += ["", ", ".join(said)]
+        said = [f"{key} {value}" for key, value in tuned.items() if value is not None]
+        lines += ["", words.paragraph(", ".join(said))]
     return lines
-
-
-def _table(results: Mapping[str, Any]) -> list[str]:
-    rows = [
-        f"Perplexity at a context of {results['context']} tokens; sparsity is the share of the "
-        "earlier tokens that were gone when a query looked. Policy "
-        f"{text(results.get('policy', 'gate'))}, rows leave "
-        f"{'after' if results.get('evict') == 'prompt' else 'while reading'} a prompt.",
-        "",
-        "| requested | sparsity | cache sparsity | perplexity |",
-        "| --- | --- | --- | --- |",
-    ]
-    for level in results["levels"]:
-        perplexity = level.get("perplexity")
-        rows.append(
-            f"| {level['sparsity_requested']:g} | {level['sparsity']:.3f} "
-            f"| {level['cache_sparsity']:.3f} "
-            f"| {'' if perplexity is None else format(perplexity, '.2f')} |"
-        )
-    tasks = sorted({name for level in results["levels"] for name in level.get("tasks", {})})
-    for task in tasks:
-        rows += ["", f"{text(task)}:", "", "| requested | sparsity | acc | acc_norm | stderr | n |"]
-        rows.append("| --- | --- | --- | --- | --- | --- |")
-        for level in results["levels"]:
-            score = level.get("tasks", {}).get(task)
-            if score:
-                cells = [level["sparsity_requested"], *(_get(score, k) for k in _SCORES)]
-                rows.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return rows
-
-
-_SCORES = ("sparsity", "acc", "acc_norm", "stderr", "n")
-
-
-def _get(score: Mapping[str, Any], key: str) -> str:
-    value = score.get(key)
-    return "" if value is None else f"{value:.4g}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from huggingface_hub import EvalResult
 
 from ctxprune.pruner.checkpoints import adapter, checkpoint, hub
 from ctxprune.pruner.checkpoints.card import model_card
@@ -19,7 +20,7 @@ def export(
     out: Path,
     *,
     force: bool = False,
-    results: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
+    scores: Sequence[EvalResult] = (),
     measured: str = "",
     dtype: str = AUTO,
     repository: str | None = None,
@@ -28,8 +29,7 @@ def export(
 
     Args:
         folder: a converted or tuned model. out: the folder to make; force: replace it.
-        results: what `ctxprune eval --out` wrote, once or several times, for the card.
-        measured: tables in Markdown for the card, in place of the table of a single result.
+        scores, measured: for the card: metadata, and tables in Markdown.
         dtype: of the weights; `auto`: as `folder` has them.
         repository: of the hub, made if need be, to send the folder to.
 
@@ -41,7 +41,7 @@ def export(
         hub.check_name(repository)
     with claimed(out):
         refuse_existing(out, force=force)
-        _export(folder, out, force, results, measured, dtype, repository)
+        _export(folder, out, force, scores, measured, dtype, repository)
     if repository is not None:
         hub.push(out, repository)
     return out
@@ -51,7 +51,7 @@ def _export(
     folder: Path,
     out: Path,
     force: bool,
-    results: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    scores: Sequence[EvalResult],
     measured: str,
     dtype: str,
     repository: str | None,
@@ -63,7 +63,6 @@ def _export(
     check_room(out, checkpoint.size(model))
     handle = handle_of(model)
     tokenizer = checkpoint.load_tokenizer(folder)
-    several = [results] if isinstance(results, Mapping) else list(results)
     with staged(out, force=force) as target:
         checkpoint.write(target, model, handle.gates, handle.config, tokenizer, about["provenance"])
         if (folder / adapter.FILE).is_file():
@@ -74,7 +73,7 @@ def _export(
             about,
             (repository or out.resolve().name).rpartition("/")[2],
             source=repository or "DIR",
-            results=several,
+            scores=scores,
             measured=measured,
         )
         card.save(target / "README.md")

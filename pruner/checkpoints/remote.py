@@ -108,5 +108,5 @@ def attach_from(
     handle = handle_of(model)
     level = chosen.get("sparsity")
     handle.use(**{**chosen, "sparsity": handle.config.tuned if level is None else level})
-    provenance = checkpoint.read_settings(folder).get("provenance", {})
+    provenance = checkpoint.read_settings(folder).provenance
     object.__setattr__(model, "ctxprune_provenance", provenance)

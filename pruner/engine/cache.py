@@ -47,11 +47,13 @@ class PageLayer(CacheLayerMixin):
     """The cache of one layer. Its length is that of the tokens seen, so that positions stay right.
 
     `update` hands the new keys and values on as they are: the attention writes them to the page.
+    Where it is given latents, the page keeps these, and `expand` makes keys and values of them.
 
     Attributes:
         sight: what its queries may see at all. gate: its number among the layers with a gate; None:
             it is left with its window.
         policy, place: who decides what leaves, and the layer's number there.
+        expand, latent: makes keys and values of latents, and those of the new tokens.
         logits: how its weights come of products. read: columns of the pass that it attended to.
     """
 
@@ -65,6 +67,8 @@ class PageLayer(CacheLayerMixin):
         if layer.gate is None or (cache.policy.rows is None and layer.sight.size is not None):
             self.policy, self.place = Bounded(layer.sight), 0
         self.page: Page | None = None
+        self.expand: Any = getattr(layer.attention, "expand_kv", None)
+        self.latent: tuple[Tensor, Tensor] | None = None
         self.logits = Logits(1.0)
         self.read = 0
 
@@ -76,6 +80,8 @@ class PageLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the new keys and values alone."""
+        if self.expand is not None:
+            self.latent = key_states, value_states
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -246,6 +252,7 @@ class PrunedCache(Cache):
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         shared = [self.policy, *(layer.logits for layer in self.attentions)]
+        shared += [layer.expand.__self__ for layer in self.attentions if layer.expand is not None]
         memo |= {id(known): known for known in shared}
         for name, value in self.__dict__.items():
             twin.__dict__[name] = value if name == "usage" else copy.deepcopy(value, memo)
@@ -337,6 +344,8 @@ class PrunedCache(Cache):
         with span("gate"):
             # A model that is spread over devices brings it here no sooner than for a projection.
             features = policy.annotate(layer.place, hidden.to(key.device))
+        if layer.latent is not None:
+            (key, value), layer.latent = layer.latent, None
         new = New(key, value, query if policy.watches else None, features)
         page = layer.page
         if page is None:
@@ -477,9 +486,11 @@ class PrunedCache(Cache):
     def _open(self, layer: PageLayer, new: New) -> Page:
         """The page of a layer, made for all that it will ever hold, as far as that is known."""
         if layer.policy.rows is None:
-            page = Page(New(new.key, new.value, None, None), self._longest, 0, {})
+            dense = New(new.key, new.value, None, None)
+            page = Page(dense, self._longest, 0, {}, layer.expand)
         else:
-            page = Page(new, *self._room(layer, self.seen), layer.policy.columns)
+            room = self._room(layer, self.seen)
+            page = Page(new, *room, layer.policy.columns, layer.expand)
         layer.page = page
         return page
 

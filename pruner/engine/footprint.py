@@ -26,20 +26,36 @@ class Heads:
 
     Attributes:
         queries, keys: how many. size, value: width of a key, and of a value.
+        latents: widths of what a page keeps in their place, for all heads together; or None.
     """
 
     queries: int
     keys: int
     size: int
     value: int
+    latents: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         """In words."""
         widths = f"{self.size}" if self.size == self.value else f"{self.size} and {self.value}"
-        return f"{self.queries} of queries, {self.keys} of keys, of width {widths}"
+        said = f"{self.queries} of queries, {self.keys} of keys, of width {widths}"
+        if self.latents is None:
+            return said
+        return f"{said}; kept as latents of {self.latents[0]} and {self.latents[1]}"
+
+    def news(self, dtype: torch.dtype) -> New:
+        """What one token writes, without data."""
+        kept = [(self.keys, self.size), (self.keys, self.value)]
+        if self.latents is not None:
+            kept = [(1, width) for width in self.latents]
+        query, key, value = (
+            torch.empty(1, count, 1, width, dtype=dtype, device="meta")
+            for count, width in [(self.queries, self.size), *kept]
+        )
+        return New(key, value, query, None)
 
 
-def heads_of(attention: nn.Module, config: Any) -> Heads:
+def heads_of(attention: Any, config: Any) -> Heads:
     """The heads of an attention module, as it or its configuration names them.
 
     Raises:
@@ -50,8 +66,10 @@ def heads_of(attention: nn.Module, config: Any) -> Heads:
         raise CtxpruneError(f"`{type(attention).__name__}` does not say how many heads it has")
     latent = getattr(attention, "qk_head_dim", None)
     if latent is not None:
-        # A page holds its keys and values expanded.
-        return Heads(queries, queries, latent, getattr(attention, "v_head_dim", latent))
+        kept = None
+        if hasattr(attention, "expand_kv"):
+            kept = attention.kv_lora_rank, attention.qk_rope_head_dim
+        return Heads(queries, queries, latent, getattr(attention, "v_head_dim", latent), kept)
     size = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
     size = size or config.hidden_size // queries
     projection = getattr(attention, "k_proj", None)
@@ -74,17 +92,9 @@ def footprints(handle: Handle, lengths: Sequence[int], dtype: torch.dtype) -> di
     decoder = handle.decoder
     news = []
     for layer in decoder.layers:
-        heads = heads_of(layer.attention, decoder.config)
-        query, key, value = (
-            torch.empty(1, count, 1, width, dtype=dtype, device="meta")
-            for count, width in (
-                (heads.queries, heads.size),
-                (heads.keys, heads.size),
-                (heads.keys, heads.value),
-            )
-        )
+        new = heads_of(layer.attention, decoder.config).news(dtype)
         hidden = torch.empty(1, 1, decoder.width, dtype=dtype, device="meta")
-        news.append((New(key, value, query, None), hidden))
+        news.append((new, hidden))
     found = {}
     for tokens in lengths:
         mode = handle.at(tokens, tokens)

@@ -51,7 +51,7 @@ class Handle:
         self.model = model
         self.sparsity = 0.0
         self.max_rows: int | None = None
-        self.evict = PROTOCOLS[0]
+        self.evict: str = PROTOCOLS[0]
         self.static = False
         self.block = BLOCK
         self.last_cache: PrunedCache | None = None

@@ -11,7 +11,7 @@ d head_dim.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,8 +28,13 @@ from ctxprune.pruner.engine.weights import (
     weighted,
 )
 
+# Latents (b, 1, r, width) each, as the cache is given them -> keys and values (b, h, r, d).
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 # Slots are added by this share at a time where the rows have no limit.
 GROWTH = 1 / 8
+# Bytes at whose multiples a tensor begins in memory that is given.
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class New:
     """What is written for n new tokens.
 
     Attributes:
-        key, value: (b, h_kv, n, d), rotated.
+        key, value: (b, h_kv, n, d), rotated; or what they are expanded from.
         query: (b, h, n, d), rotated, or None where no policy asks for attention weights.
         features: (b, n, width) of the policy, or None.
         position: (b, n) int64, where it must be known before the next eviction step; else None.
@@ -78,18 +83,29 @@ class Page:
         like: new tokens, whose shapes and dtypes the page takes. slots: of a sequence.
         waiting: queries that may wait. columns: name -> width of what a policy keeps of a row: a
             number (width 1, at least float32), or a vector in the keys' dtype.
+        expand: makes keys and values of latents, which are kept in their place (DeepSeek's MLA,
+            arXiv 2405.04434); None: they are kept themselves.
 
     Attributes:
-        key, value: (b, h_kv, r, d). position: (b, r) int64, -1 where nothing was settled yet.
+        key, value: (b, h_kv, r, d), as they are kept.
+        position: (b, r) int64, -1 where nothing was settled yet.
         numbers: (b, r, k) the columns of one number. vectors: (b, r, width) of each other column.
         query, features: of the tokens since the last step.
         used: rows of each sequence. settled: how many of them an eviction step has seen.
     """
 
-    def __init__(self, like: New, slots: int, waiting: int, columns: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        like: New,
+        slots: int,
+        waiting: int,
+        columns: Mapping[str, int],
+        expand: Expand | None = None,
+    ) -> None:
         batch, new = like.key.shape[0], like.key.new_zeros
         wide = torch.promote_types(like.key.dtype, torch.float32)
         self._names = [name for name, width in columns.items() if width == 1]
+        self._expand = expand
         # One slot more takes what is no token: the padding of ragged batches.
         self.key = _slots(like.key, slots + 1)
         self.value = _slots(like.value, slots + 1)
@@ -101,6 +117,31 @@ class Page:
         self.features = None if features is None else _slots(features, waiting + 1)
         self.used = [0] * batch
         self.settled = [0] * batch
+
+    @classmethod
+    def over(cls, like: Page, memory: Tensor) -> Page:
+        """A page for many sequences, shaped like that of one, which lies in memory that is given.
+
+        Args:
+            like: may be without data. memory: (sequences, like.aligned_nbytes) int8, zero, without
+                gaps. Each tensor takes a part of it for all sequences.
+        """
+        page, count, parts = copy.copy(like), len(memory), memory.view(-1)
+        page.vectors = dict(like.vectors)
+        for name, (tensor, _) in like._tensors().items():
+            part, parts = parts[: count * tensor.nbytes], parts[count * _aligned(tensor) :]
+            page._set(name, part.view(tensor.dtype).view(count, *tensor.shape[1:]))
+        page.used, page.settled = [0] * count, [0] * count
+        return page
+
+    def alone(self, sequence: int, used: int, settled: int) -> Page:
+        """A page of one of the sequences, in the same memory, with so many rows."""
+        page = copy.copy(self)
+        page.vectors = dict(self.vectors)
+        for name, (tensor, _) in self._tensors().items():
+            page._set(name, tensor.narrow(0, sequence, 1))
+        page.used, page.settled = [used], [settled]
+        return page
 
     @property
     def slots(self) -> int:
@@ -119,26 +160,41 @@ class Page:
         return sum(tensor.nbytes for tensor, _ in self._tensors().values())
 
     @property
+    def aligned_nbytes(self) -> int:
+        """Bytes of memory that `over` takes for each sequence, for a page of one like this."""
+        return sum(_aligned(tensor) for tensor, _ in self._tensors().values())
+
+    @property
     def row_nbytes(self) -> int:
-        """Bytes of one token's key and value: what a dense cache holds of it."""
+        """Bytes of one token's key and value, or latents: what a dense cache holds of it."""
         pair = (self.key, self.value)
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in pair)
 
-    def write(self, new: New, slot: int | Tensor, wait: int | Tensor) -> None:
+    def write(
+        self, new: New, slot: int | Tensor, wait: int | Tensor, members: Tensor | None = None
+    ) -> None:
         """Put new tokens into their slots.
 
         Args:
             slot, wait: where the first one goes among the rows and the waiting queries; or
                 (b, n) int64 where each goes, the last slot being that of no token.
+            members: (b,) int64, the sequences that they are of; None: all.
         """
-        _put(self.key, new.key, slot)
-        _put(self.value, new.value, slot)
+        _put(self.key, new.key, slot, members)
+        _put(self.value, new.value, slot, members)
         if new.position is not None:
-            _put(self.position[:, None, :, None], new.position[:, None, :, None], slot)
+            _put(self.position[:, None, :, None], new.position[:, None, :, None], slot, members)
         if self.query is not None and new.query is not None:
-            _put(self.query, new.query, wait)
+            _put(self.query, new.query, wait, members)
         if self.features is not None and new.features is not None:
-            _put(self.features, new.features[:, None], wait)
+            _put(self.features, new.features[:, None], wait, members)
+
+    def rows(self, stop: int | None, members: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, h_kv, stop, d) of the first slots, or of all; copies of `members`."""
+        pair = self.key[:, :, :stop], self.value[:, :, :stop]
+        if members is not None:
+            pair = pair[0].index_select(0, members), pair[1].index_select(0, members)
+        return pair if self._expand is None else self._expand(*pair)
 
     def held(self, members: Tensor | None, stop: int) -> Held:
         """The first `stop` slots of all sequences (None), as views, or copies of some."""
@@ -150,7 +206,9 @@ class Page:
         numbers = of(self.numbers, 1)
         columns = dict(zip(self._names, numbers.unbind(dim=2), strict=True))
         columns |= {name: of(vector, 1) for name, vector in self.vectors.items()}
-        return Held(of(self.key, 2), of(self.value, 2), of(self.position, 1), columns, numbers)
+        pair = of(self.key, 2), of(self.value, 2)
+        pair = pair if self._expand is None else self._expand(*pair)
+        return Held(*pair, of(self.position, 1), columns, numbers)
 
     def waits(self, members: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
         """The first `count` waiting queries (s, h, q, d), and features (s, q, width)."""
@@ -197,8 +255,8 @@ class Page:
         twin.query = twin.features = None
         twin.vectors = dict(self.vectors)
         twin.resize(used + new.key.shape[2])
-        _put(twin.key, new.key, used)
-        _put(twin.value, new.value, used)
+        _put(twin.key, new.key, used, None)
+        _put(twin.value, new.value, used, None)
         return twin
 
     def keep(self, members: Tensor | None, kept: Tensor, source: Page | None = None) -> None:
@@ -385,10 +443,17 @@ def _slots(like: Tensor, slots: int) -> Tensor:
     return like.new_zeros((*like.shape[:2], slots, like.shape[3]))
 
 
-def _put(target: Tensor, new: Tensor, at: int | Tensor) -> None:
-    """Write (b, heads, n, d) into slots of (b, heads, r, d)."""
+def _aligned(tensor: Tensor) -> int:
+    """Its bytes, as many more as the next tensor needs to begin at a multiple of `ALIGNMENT`."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _put(target: Tensor, new: Tensor, at: int | Tensor, members: Tensor | None) -> None:
+    """Write (b, heads, n, d) into slots of (b, heads, r, d), or of some of its sequences."""
     if isinstance(at, int):
         target[:, :, at : at + new.shape[2]] = new
+    elif members is not None:
+        target[members[:, None], :, at] = new.transpose(1, 2)
     else:
         target.scatter_(2, at[:, None, :, None].expand_as(new), new)
 

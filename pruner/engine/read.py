@@ -44,7 +44,7 @@ def read_block(
             page.write(new, used, used - page.settled[0])
         with span("attention"):
             stop = used + length
-            key, value = page.key[:, :, :stop], page.value[:, :, :stop]
+            key, value = page.rows(stop)
             mask = None if length == 1 else causal(query, key, used)
             if sight is not None:
                 mask = earlier(query, key, used) & in_sight(page, new, sight, stop)
@@ -65,7 +65,7 @@ def read_block(
         visible = torch.arange(max(stop, 1), device=query.device) <= limit[:, :, None]
         if sight is not None:
             visible &= in_sight(page, new, sight, max(stop, 1)) | ~real[:, :, None]
-        key, value = page.key[:, :, : max(stop, 1)], page.value[:, :, : max(stop, 1)]
+        key, value = page.rows(max(stop, 1))
         return attention(query, key, value, visible, logits)
 
 

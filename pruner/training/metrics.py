@@ -33,8 +33,9 @@ class Metrics:
     def log(self, figures: dict[str, Any]) -> None:
         """Add a step."""
         path = self._folder / METRICS
+        told = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # no NaN
         with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+            file.write(json.dumps(told) + "\n")
 
     def copy(self, target: Path) -> None:
         """Put the logs beside the tuned model."""

@@ -49,6 +49,7 @@ from ctxprune.pruner.files import (
     whole,
     writing,
 )
+from ctxprune.pruner.finite import first_non_finite
 from ctxprune.pruner.interrupts import deferred
 from ctxprune.pruner.rows import ceiling
 from ctxprune.pruner.training.calibrate import TOKENS, calibrate, passes_of
@@ -65,6 +66,9 @@ from ctxprune.pruner.training.objective import (
 )
 
 STATE = "state.safetensors"
+# What a run that diverged may be resumed with less of.
+RATES = ("gate_lr", "local_lr", "lr")
+MOST = 1e36
 # What attention modules call the dropout of their weights; any other is refused when it is met.
 DROPOUTS = (
     "attention_dropout",
@@ -196,6 +200,7 @@ def tune(
         Interrupted: after a KeyboardInterrupt, with the state saved.
     """
     refuse_existing(out, force=force)
+    _check_rates(config)
     work = beside(out, ".tuning")
     where = place(config.device, "float32")
     if where.device.index is not None:
@@ -271,6 +276,8 @@ def _tune(
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
     run = _Run(work, folder, config, trainee, optimizer)
     start = run.restore() if resume else 0
+    if run.rates:
+        on_phase(f"going on from step {start} with lower learning rates")
     total_steps = config.total_steps
     try:
         if accelerator.is_main_process:
@@ -308,7 +315,8 @@ def _tune(
                     run.metrics.log(figures)
                     accelerator.log(scalars(figures), step=step + 1)
                     listeners.on_step(figures)
-                    if (step + 1) % config.save_every == 0 or last:
+                    if last or _is_due(step + 1, config):
+                        run.check(step, train_windows)
                         run.save()
             if last:
                 break
@@ -324,7 +332,7 @@ def _tune(
             _write(run, model, handle, prune, tokenizer, out, force)
     except KeyboardInterrupt as stop:
         _end_tracking(accelerator)
-        if accelerator.is_main_process and run.done > run.saved:
+        if accelerator.is_main_process and run.done > run.saved and run.is_finite:
             run.save()
         raise run.stopped() from stop
     finally:
@@ -415,18 +423,15 @@ def _step(
         with accelerator.accumulate(trainee):
             loss, seen = trainee(ids.to(accelerator.device), level, sharpness, alpha, local)
             accelerator.backward(loss)
+            total += float(loss.detach()) / config.accumulate
             if accelerator.sync_gradients:
                 update.enter_context(deferred())
-                accelerator.clip_grad_norm_(trainee.parameters(), 1.0)
+                norm = float(accelerator.clip_grad_norm_(trainee.parameters(), 1.0))
+                if not math.isfinite(total + norm):
+                    raise run.diverged(step, f"its loss is {total:g}, of gradients {norm:g}")
             optimizer.step()
             optimizer.zero_grad()
-        total += float(loss.detach()) / config.accumulate
         figures.update({k: float(v) if isinstance(v, Tensor) else v for k, v in seen.items()})
-    if not math.isfinite(total):
-        raise CtxpruneError(
-            f"the loss is {total} at step {step + 1}: training diverged",
-            "lower `--lr`; the last good state is kept, and `--resume` goes on from it",
-        )
     return {
         "step": step + 1,
         "steps": config.total_steps,
@@ -436,6 +441,11 @@ def _step(
         "alpha": alpha,
         **figures,
     }
+
+
+def _is_due(step: int, config: TuneConfig) -> bool:
+    """Whether the state after a step is saved: it is early on too, when most runs diverge."""
+    return step % config.save_every == 0 or (step < config.save_every and step.bit_count() == 1)
 
 
 def _batch(windows: Tensor, step: int, place: int, config: TuneConfig, processes: int) -> Tensor:
@@ -468,6 +478,16 @@ def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tens
             "give more text, a smaller `--max-length`, or a text for `--validation-data`",
         )
     return train[:-spare], train[-spare:][:count]
+
+
+def _check_rates(config: TuneConfig) -> None:
+    """Raise CtxpruneError for a learning rate with which no optimizer can compute in float32."""
+    for name in RATES:
+        if not getattr(config, name) <= MOST:
+            raise CtxpruneError(
+                f"{name} {getattr(config, name):g} is beyond what float32 can compute with",
+                "give one below 1",
+            )
 
 
 def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:
@@ -545,9 +565,10 @@ def _write(
 ) -> None:
     """Merge LoRA, write the folder with the adapter, clear the state away."""
     config = run.config
-    provenance = checkpoint.read_settings(run.source).get("provenance", {})
+    provenance = checkpoint.read_settings(run.source).provenance
     earlier = [*provenance.get("earlier", []), provenance["tune"]] if "tune" in provenance else []
-    provenance = {**provenance, "tune": _told(config), "earlier": earlier}
+    told = _told(config) | ({"rates_before": run.rates} if run.rates else {})
+    provenance = {**provenance, "tune": told, "earlier": earlier}
     onto = run.source / adapter.FILE if earlier else None
     with staged(out, force=force) as folder:
         # An adapter is for published weights; where all of them were tuned before, none can be.
@@ -593,6 +614,8 @@ class _Run:
         self.metrics = Metrics(work)
         self.seconds = 0.0  # spent on steps so far
         self.done = self.saved = 0
+        self.rates: list[dict[str, float]] = []  # that were higher, up to so many steps
+        self._trainee = trainee
         self._trained = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
 
     def begin(self, step: int) -> None:
@@ -603,12 +626,52 @@ class _Run:
             self.work.mkdir(parents=True, exist_ok=True)
         self.metrics.begin(step)
 
+    @torch.no_grad()
+    def check(self, step: int, windows: Tensor) -> None:
+        """See that weights and the loss at the level asked for are finite after a step.
+
+        Finite weights may be so large that what follows of them is not.
+
+        Args:
+            step: counted from 0. windows: of the text; the next ones are read.
+
+        Raises:
+            CtxpruneError: training diverged.
+        """
+        broken = first_non_finite(self._trained.items())
+        if broken is not None:
+            raise self.diverged(step, f"`{broken}` holds NaN or infinity")
+        sharpness, alpha = hardening(max(step - self.config.ahead, 0), self.config)
+        ids = _batch(windows, step + 1, 0, self.config, 1)
+        level = self.config.sparsity
+        device = next(self._trainee.parameters()).device
+        loss, _ = self._trainee.eval()(ids.to(device), level, sharpness, alpha)
+        if not torch.isfinite(loss):
+            raise self.diverged(step, f"the loss after it is {float(loss):g}")
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether what is trained holds neither NaN nor infinity."""
+        return first_non_finite(self._trained.items()) is None
+
+    def diverged(self, step: int, what: str) -> CtxpruneError:
+        """The error that says where training diverged, and what is left of it."""
+        rates = "`--local-lr`" if step < self.config.ahead else "`--lr` or `--gate-lr`"
+        kept = f"; the state after step {self.saved} is kept" if self.saved else ""
+        return CtxpruneError(
+            f"training diverged at step {step + 1}: {what}{kept}",
+            f"go on from there with `--resume` and a lower {rates}"
+            if self.saved
+            else f"start again with a lower {rates}",
+        )
+
     def save(self) -> None:
         """Write parameters and optimizer state after the steps that are done."""
         tensors = {f"parameter/{n}": p.detach().clone() for n, p in self._trained.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
         about = {"step": str(self.done), "seconds": str(self.seconds), "run": self._identity()}
+        about["rates"] = json.dumps(self.rates)
         with whole(self.work / STATE) as temporary:
             save_file(tensors, temporary, metadata=about)
         self.saved = self.done
@@ -622,11 +685,8 @@ class _Run:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise CtxpruneError(f"`{path}` is damaged", "begin anew with `--force`") from error
-        if about["run"] != self._identity():
-            raise CtxpruneError(
-                "the interrupted run had other settings, so it cannot be resumed with these",
-                "repeat its options exactly, or begin anew with `--force`",
-            )
+        self._check_same(json.loads(about["run"]), int(about["step"]))
+        self.rates = json.loads(about.get("rates", "[]")) + self.rates
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(tensors[f"parameter/{name}"])
@@ -650,6 +710,21 @@ class _Run:
             f"stopped after step {self.saved} of {total}; the state is saved",
             "go on with `--resume`",
         )
+
+    def _check_same(self, before: dict[str, Any], step: int) -> None:
+        """Raise CtxpruneError unless the interrupted run had these settings, or higher rates."""
+        now = json.loads(self._identity())
+        other = sorted(key for key in now if now[key] != before.get(key))
+        lowered = [key for key in other if key in RATES and now[key] < before.get(key, 0.0)]
+        if other != lowered:
+            raise CtxpruneError(
+                f"the interrupted run had other settings ({', '.join(other)}), so it cannot be "
+                "resumed with these",
+                "repeat its options exactly, but for learning rates, which may be lower; or begin "
+                "anew with `--force`",
+            )
+        if lowered:
+            self.rates = [{"steps": step, **{key: before[key] for key in lowered}}]
 
     def _identity(self) -> str:
         """What a resumed run has to share with the interrupted one; its device may differ."""

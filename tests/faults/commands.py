@@ -18,16 +18,36 @@ from ctxprune.pruner.files import LOCK, OLD, TEMPORARY
 
 WINDOWS = ("--text", "text.txt", "--max-length", "64", "--max-tokens", "256")
 STEPS = ("--steps", "3", "--batch-size", "1", "--max-length", "64", "--save-every", "1")
-TEXTS = ("--data", "text.txt", "--validation-data", "short.txt")
+RUN = (
+    "tune",
+    "--model",
+    "m",
+    "--sparsity",
+    "0.5",
+    *STEPS,
+    "--data",
+    "text.txt",
+    "--validation-data",
+    "short.txt",
+)
 
 # Each writes its output, `made`, if an option for it follows.
 CONVERT = ("convert", "dense", "--rank", "8")
-TUNE = ("tune", "--model", "m", "--sparsity", "0.5", *STEPS, *TEXTS)
+TUNE = RUN
 EXPORT = ("export",)
 EVAL = ("eval", *WINDOWS, "--sparsity", "0,0.5", "--policy", "window")
 BENCH = (
-    *("bench", "--context", "32", "--batch-size", "1", "--repeats", "1", "--prefills", "1"),
-    *("--policy", "window", "--sparsity", "0.5"),
+    "bench",
+    "--policy",
+    "window",
+    "--context",
+    "32",
+    "--batch-size",
+    "1",
+    "--repeats",
+    "1",
+    "--prefills",
+    "1",
 )
 INSPECT = ("inspect", "--text", "text.txt", "--tokens", "64", "--policy", "window")
 SHOWN = (*INSPECT, "--sparsity", "0.5")

@@ -8,8 +8,8 @@ import pytest
 from outcome import ctxprune, files_of, refused
 
 CASES = [
-    (("tune", "--sparsity", "1"), "sparsity 1"),
-    (("tune", "--sparsity", "-0.1"), "sparsity -0.1"),
+    (("tune", "--sparsity", "1"), "sparsity must be less than 1, not 1.0"),
+    (("tune", "--sparsity", "-0.1"), "sparsity must be at least 0, not -0.1"),
     (("bench", "--architecture", "gpt2", "--policy", "gat"), "did you mean `gate`"),
     (("generate", ""), "prompt is empty"),
 ]
