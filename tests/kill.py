@@ -69,8 +69,16 @@ def output(place: Path, ignored: set[str] = frozenset()) -> dict[str, Any]:  # t
     for name, content in files_of(place / "made").items():
         if name in ignored or name.startswith(".") or "state" in name:
             continue
-        found[name] = json.loads(content)["levels"] if name.endswith("results.json") else content
+        found[name] = _measured(content) if name.endswith("results.json") else content
     return found
+
+
+def _measured(results: bytes) -> list[dict[str, Any]]:
+    """The measurements of a file of results, without their dates."""
+    return [
+        {key: value for key, value in level.items() if key != "date"}
+        for level in json.loads(results)["levels"]
+    ]
 
 
 def again(place: Path, command: tuple[str, ...]) -> Outcome:
