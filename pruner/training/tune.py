@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -203,6 +204,8 @@ def tune(
     where = place(config.device, "float32")
     if where.device.index is not None:
         torch.accelerator.set_device_index(where.device.index)
+    # It would hold to the precision of the first run of a process.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=where.device.type == "cpu",
         mixed_precision="bf16" if config.bf16 else "no",
