@@ -87,7 +87,7 @@ def chat(
 
     loaded = load_off(folder, place(config.device, config.dtype, config.device_map), say)
     handle = handle_of(loaded)
-    level = handle.config.tuned if config.sparsity is None else config.sparsity
+    level = handle.config.level(config.sparsity)
     handle.use(config.policy, level, max_rows=config.max_rows)
     conversation = Conversation(loaded, load_tokenizer(folder), config)
     if handle.policy is None:

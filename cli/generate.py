@@ -125,7 +125,7 @@ def write(
         )
     model = load_off(folder, place(config.device, config.dtype, config.device_map), say)
     handle = handle_of(model)
-    sparsity = handle.config.tuned if config.sparsity is None else config.sparsity
+    sparsity = handle.config.level(config.sparsity)
     handle.use(config.policy, sparsity, max_rows=config.max_rows, evict=config.evict)
     tokenizer = load_tokenizer(folder)
     if config.chat is None and chat_template(model, tokenizer, config) is not None:

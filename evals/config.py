@@ -2,13 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from ctxprune.evals.quality import conversation, fidelity, last_word, long_context
-from ctxprune.evals.results import ORACLE, PRUNED
+from ctxprune.evals.results import MODES, ORACLE, PRUNED, Mode
 from ctxprune.pruner.config import Policy, Protocol
 from ctxprune.pruner.device import AUTO, place
 from ctxprune.pruner.errors import CtxpruneError
@@ -57,7 +57,7 @@ def _value(text: str) -> Any:
 
 
 def _in_order(modes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(mode for mode in get_args(Mode) if mode in modes)
+    return tuple(mode for mode in MODES if mode in modes)
 
 
 _BOOLS = {"true": True, "false": False}
@@ -68,7 +68,6 @@ SOME = Field(strict=False, min_length=1, max_length=1000)
 Context = Annotated[Tokens, Field(ge=16)]
 # Room for a fact, its question and a passage, even if letters are tokens.
 Length = Annotated[Tokens, Field(ge=128)]
-Mode = Literal["dense-dynamic", "dense-static", "pruned", "oracle"]
 Folder = Annotated[Path, Field(strict=False)]
 Setting = float | int | bool | str | list[str] | None
 Generation = Annotated[
@@ -107,7 +106,7 @@ class BenchConfig(Settings):
     sparsity: Annotated[tuple[Level, ...], SOME, RISING] = (0.0, 0.5, 0.8, 0.9)
     policy: Policy = "gate"
     evict: Protocol = "reading"
-    modes: Annotated[tuple[Mode, ...], SOME, AfterValidator(_in_order)] = get_args(Mode)
+    modes: Annotated[tuple[Mode, ...], SOME, AfterValidator(_in_order)] = MODES
     compile: bool = False
     max_rows: Natural | None = None
     repeats: Count = 5

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -22,11 +22,13 @@ from pydantic import (
     model_validator,
 )
 
+from ctxprune.pruner.config import Protocol
 from ctxprune.pruner.errors import CtxpruneError, first_line
 
 EVAL, BENCH, TRAINING = ("eval", "bench", "bench --training")
 # What `bench` compares.
-DYNAMIC, STATIC, PRUNED, ORACLE = MODES = ("dense-dynamic", "dense-static", "pruned", "oracle")
+Mode = Literal["dense-dynamic", "dense-static", "pruned", "oracle"]
+DYNAMIC, STATIC, PRUNED, ORACLE = MODES = get_args(Mode)
 # Where rows leave (`--evict`): the default is what results of earlier versions are of.
 READING: Literal["reading"] = "reading"
 LATE: Literal["prompt"] = "prompt"
@@ -200,7 +202,7 @@ class Decided(Origin):
     """What was measured with a policy that decides."""
 
     policy: Name
-    evict: Literal["reading", "prompt"] = READING
+    evict: Protocol = READING
     max_rows: Count | None = None
     evicts_every: Count = 0
 
@@ -240,7 +242,7 @@ class Breakdown(Part):
 class BenchRow(Part):
     """A mode at a dtype, batch size and context: see `bench`."""
 
-    mode: Literal["dense-dynamic", "dense-static", "pruned", "oracle"]
+    mode: Mode
     dtype: Name
     compiled: bool
     batch: Some

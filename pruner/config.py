@@ -45,17 +45,6 @@ def check_sparsity(value: float) -> float:
     return check("sparsity", Level, value)
 
 
-def check_max_rows(rows: int, protected: int) -> None:
-    """Raise CtxpruneError unless a cap leaves room for protected tokens and those to be read."""
-    least = protected + 2 * PERIOD
-    if rows < least:
-        raise CtxpruneError(
-            f"a cap of {rows} rows is too small: {protected} tokens are protected, and {PERIOD} "
-            "are read between two evictions",
-            f"give `--max-rows {least}` or more",
-        )
-
-
 def _known_policy(name: str) -> str:
     from ctxprune.pruner.policies import names  # late: a policy imports torch
 
@@ -122,8 +111,31 @@ class PruneConfig(Settings):
     max_rows: Count | None = None
 
     def __post_init__(self) -> None:
-        if self.max_rows is not None:
-            check_max_rows(self.max_rows, self.protect_first + self.protect_recent)
+        self.cap(None)
+
+    def level(self, sparsity: float | None) -> float:
+        """The level that is asked for; the tuned one where none is."""
+        return self.tuned if sparsity is None else sparsity
+
+    def cap(self, max_rows: int | None) -> int | None:
+        """The cap that is asked for, None where there is none.
+
+        Args:
+            max_rows: None: the one of the model; 0: none.
+
+        Raises:
+            CtxpruneError: it leaves no room for protected tokens and those to be read.
+        """
+        rows = (self.max_rows if max_rows is None else max_rows) or None
+        protected = self.protect_first + self.protect_recent
+        least = protected + 2 * PERIOD
+        if rows is not None and rows < least:
+            raise CtxpruneError(
+                f"a cap of {rows} rows is too small: {protected} tokens are protected, and "
+                f"{PERIOD} are read between two evictions",
+                f"give `--max-rows {least}` or more",
+            )
+        return rows
 
     def check_layers(self, layers: int, source: str) -> None:
         """Raise CtxpruneError unless the levels are of as many layers as have a gate."""

@@ -20,7 +20,6 @@ from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.savings import Savings
-from ctxprune.pruner.untrusted import check_text
 
 OnMemory = Callable[[list[str], list[float]], None]
 
@@ -134,8 +133,6 @@ def _read(
 ) -> Any:
     """The prompts as a padded batch of ids."""
     texts = list(config.prompt)
-    for number, text in enumerate([*texts, *config.stop], start=1):
-        check_text(text, f"text {number} of the prompts and stop strings")
     if template is not None:
         before = opening(config)
         texts = [template.render([*before, {"role": "user", "content": text}]) for text in texts]

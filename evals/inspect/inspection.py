@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctxprune.evals.inspect.kinds import Kind, dropping_of, kinds_of, survival_of, survival_over_age
 from ctxprune.evals.inspect.trace import Trace, overlap, pieces_of, trace
 from ctxprune.evals.provenance import provenance
-from ctxprune.pruner.checkpoints.checkpoint import load_off, load_tokenizer, read_config
+from ctxprune.pruner.checkpoints.checkpoint import load_off, load_tokenizer
 from ctxprune.pruner.config import Policy
 from ctxprune.pruner.device import AUTO, place
+from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.schema import STRICT, Level, Name, Seed, Settings, Tokens
 
@@ -116,7 +117,7 @@ def inspect(
             model = load_off(path, where, say)
             kept = path, model, load_tokenizer(path)
         _, model, tokenizer = kept
-        sparsity = read_config(path).tuned if subject.sparsity is None else subject.sparsity
+        sparsity = handle_of(model).config.level(subject.sparsity)
         ids, pieces = pieces_of(tokenizer, text, config.tokens)
         label = f"{subject.policy} {sparsity:g}" if sparsity else "dense"
         say(f"{label}: reading {len(ids)} tokens")

@@ -148,7 +148,7 @@ def _measure(
         "model": nearby(subject.name),
         "positions_enlarged": subject.positions_enlarged,
         "evicts_every": interval,
-        "max_rows": handle.cap_of(config.max_rows),
+        "max_rows": handle.config.cap(config.max_rows),
         "steps": steps,
         "extensions": processor,
         "dtype": dtype,

@@ -105,7 +105,7 @@ class Comparison:
         self.model = model
         self.handle = handle_of(model)
         self.config = config
-        self.max_rows = self.handle.cap_of(config.max_rows) or 0
+        self.max_rows = self.handle.config.cap(config.max_rows) or 0
         self.ids = ids.to(input_device(model))
         self.batch, self.context = ids.shape
         self.lengths = unequal(self.batch, self.context) if config.unequal else [self.context]

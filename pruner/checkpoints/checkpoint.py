@@ -169,8 +169,7 @@ def load(
     if sparsity is not None:
         check_sparsity(sparsity)
     model = load_off(folder, place(device, dtype, device_map))
-    level = config.tuned if sparsity is None else sparsity
-    handle_of(model).use(policy, level, max_rows=max_rows)
+    handle_of(model).use(policy, config.level(sparsity), max_rows=max_rows)
     return model
 
 
@@ -185,19 +184,14 @@ def load_off(
     Raises:
         CtxpruneError: as `load`.
     """
-    read_config(folder)
+    non_finite = read_settings(folder).provenance.get("non_finite", False)
     if on_event is not None:
         on_event(f"loading the model: {where}")
     model = load_dense(Path(folder), where)
-    if not allows_non_finite(folder):
+    if not non_finite:
         check_finite(model.state_dict().items(), str(folder))
     attach_gates(Path(folder), model)
     return model
-
-
-def allows_non_finite(folder: str | Path) -> bool:
-    """Whether a converted folder may have NaN and infinity in the weights of its model."""
-    return read_settings(folder).provenance.get("non_finite", False)
 
 
 def sketch(folder: str | Path) -> PreTrainedModel:

@@ -106,7 +106,6 @@ def attach_from(
     folder = Path(str(files[0])).parent
     checkpoint.attach_gates(folder, model)
     handle = handle_of(model)
-    level = chosen.get("sparsity")
-    handle.use(**{**chosen, "sparsity": handle.config.tuned if level is None else level})
+    handle.use(**{**chosen, "sparsity": handle.config.level(chosen.get("sparsity"))})
     provenance = checkpoint.read_settings(folder).provenance
     object.__setattr__(model, "ctxprune_provenance", provenance)

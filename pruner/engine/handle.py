@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ctxprune.pruner import policies
-from ctxprune.pruner.config import PROTOCOLS, PruneConfig, check_max_rows, check_sparsity
+from ctxprune.pruner.config import PROTOCOLS, PruneConfig, check_sparsity
 from ctxprune.pruner.decoder import Decoder, decoder_of
 from ctxprune.pruner.device import device_of
 from ctxprune.pruner.engine import hooks
@@ -121,7 +121,7 @@ class Handle:
         choose("value of evict", evict, PROTOCOLS)
         if isinstance(policy, str):
             choose("policy", policy, policies.names())
-        max_rows = self.cap_of(max_rows)
+        max_rows = self.config.cap(max_rows)
         if max_rows is not None and evict == "prompt":
             raise CtxpruneError(
                 "a cap on rows holds at every moment, and a prompt that is read whole breaks it",
@@ -210,17 +210,6 @@ class Handle:
         """Tokens of a sequence between two eviction steps at most; 0 while nothing is evicted."""
         policy = self.policy
         return 0 if policy is None or policy.rows is None else policy.rows.longest
-
-    def cap_of(self, max_rows: int | None) -> int | None:
-        """The cap that a `max_rows` of `use` stands for, None where there is none.
-
-        Raises:
-            CtxpruneError: it is too small.
-        """
-        rows = (self.config.max_rows if max_rows is None else max_rows) or None
-        if rows is not None:
-            check_max_rows(rows, self.config.protect_first + self.config.protect_recent)
-        return rows
 
     def cache(self, *, record: bool = False) -> PrunedCache | DynamicCache:
         """A fresh cache for what was chosen; `record` as in `PrunedCache`."""

@@ -199,16 +199,14 @@ class Page:
     def held(self, members: Tensor | None, stop: int) -> Held:
         """The first `stop` slots of all sequences (None), as views, or copies of some."""
 
-        def of(tensor: Tensor, axis: int) -> Tensor:
-            tensor = tensor if members is None else tensor.index_select(0, members)
-            return tensor.narrow(axis, 0, stop)
+        def of(tensor: Tensor) -> Tensor:
+            tensor = tensor[:, :stop]
+            return tensor if members is None else tensor.index_select(0, members)
 
-        numbers = of(self.numbers, 1)
+        numbers = of(self.numbers)
         columns = dict(zip(self._names, numbers.unbind(dim=2), strict=True))
-        columns |= {name: of(vector, 1) for name, vector in self.vectors.items()}
-        pair = of(self.key, 2), of(self.value, 2)
-        pair = pair if self._expand is None else self._expand(*pair)
-        return Held(*pair, of(self.position, 1), columns, numbers)
+        columns |= {name: of(vector) for name, vector in self.vectors.items()}
+        return Held(*self.rows(stop, members), of(self.position), columns, numbers)
 
     def waits(self, members: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
         """The first `count` waiting queries (s, h, q, d), and features (s, q, width)."""

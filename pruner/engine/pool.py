@@ -14,14 +14,12 @@ from torch import Tensor
 
 from ctxprune.pruner.decoder import Sight
 from ctxprune.pruner.engine.attend import static_step
+from ctxprune.pruner.engine.cache import BLOCK
 from ctxprune.pruner.engine.evict import evict
 from ctxprune.pruner.engine.page import New, Page
 from ctxprune.pruner.engine.read import read_block, read_steps
 from ctxprune.pruner.engine.weights import Logits
 from ctxprune.pruner.policies import Policy
-
-# Queries that are attended to at once; no eviction interval is longer.
-BLOCK = 128
 
 
 @dataclass(frozen=True)

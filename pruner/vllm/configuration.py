@@ -10,7 +10,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ctxprune.pruner.checkpoints import checkpoint
 from ctxprune.pruner.checkpoints.hub import FAULTS
-from ctxprune.pruner.config import PruneConfig, check_max_rows
+from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.errors import CtxpruneError, first_line
 from ctxprune.pruner.schema import STRICT, Level, Natural, Settings, Tokens
 
@@ -35,20 +35,14 @@ class Asked(Settings):
     max_rows: Natural | None = None
     context: Tokens | None = None
 
-    def level(self, config: PruneConfig) -> float:
-        """The sparsity for a model."""
-        return config.tuned if self.sparsity is None else self.sparsity
-
     def cap(self, config: PruneConfig) -> int | None:
         """The cap on rows for a model, None where there is none.
 
         Raises:
             CtxpruneError: it is too small, or nothing bounds the rows at all.
         """
-        rows = (config.max_rows if self.max_rows is None else self.max_rows) or None
-        if rows is not None:
-            check_max_rows(rows, config.protect_first + config.protect_recent)
-        elif self.level(config) == 0.0:
+        rows = config.cap(self.max_rows)
+        if rows is None and config.level(self.sparsity) == 0.0:
             raise CtxpruneError(
                 "at sparsity 0, without a cap on rows, nothing is evicted",
                 "leave `--hf-overrides` out to serve the dense model",

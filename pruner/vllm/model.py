@@ -90,7 +90,7 @@ def _evicting(model_config: Any) -> tuple[Decoder, Policy]:
     gates.to(device=torch.get_default_device(), dtype=gate_dtype(model_config.dtype))
     gates.requires_grad_(False)
     request = Request(
-        settings.level(config),
+        config.level(settings.sparsity),
         (config.context if settings.context is None else settings.context,),
         config,
         [gate for gate in gates if isinstance(gate, Gate)],
