@@ -87,12 +87,12 @@ def mute() -> None:
 
 def fail(error: CtxpruneError) -> None:
     """A mistake of the user: what is wrong, and what to do."""
-    told = words.line(error.message)
+    told = error.message
     if len(told) > LONGEST:  # a name of any length may be in it
         told = f"{told[: LONGEST // 2]} ... {told[-LONGEST // 2 :]}"
     complain(f"error: {told}")
     if error.hint:
-        complain(f"\nhint: {words.line(error.hint)}")
+        complain(f"\nhint: {error.hint}")
 
 
 @contextmanager

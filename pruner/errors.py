@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from ctxprune.pruner.words import line as in_one_line
+
 # Characters of somebody else's message that are repeated, at most.
 LONGEST = 240
 # What pyo3 makes of a panic in Rust: no `Exception`, so that nobody catches it by mistake.
@@ -16,12 +18,14 @@ PANIC = "PanicException"
 
 
 class CtxpruneError(Exception):
-    """A mistake of the user: one sentence on what is wrong, and a hint on what to do."""
+    """A mistake of the user: one sentence on what is wrong, and a hint on what to do.
+
+    Both may quote what somebody wrote: they are one line each, and nothing in them is obeyed.
+    """
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = in_one_line(message), in_one_line(hint)
+        super().__init__(self.message)
 
 
 class Interrupted(CtxpruneError):
