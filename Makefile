@@ -22,12 +22,12 @@ setup: .venv/ready
 	$(call INSTALL,.venv) -c constraints.txt -e ".[dev]"
 	touch .venv/ready
 
-# Two files of tests at a time: each test uses one thread.
+# Two files of tests at a time: each test, and each process that it starts, uses one thread.
 test check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # The same, all model types, and the laws and the callers on both ends of the range of transformers.
 test-all: test $(ENDS:%=.venvs/%/ready)

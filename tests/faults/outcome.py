@@ -96,6 +96,9 @@ def _child(
 ) -> NoReturn:
     code = 70
     try:
+        # PyTorch makes its pool of threads anew after a fork, at the first use. Two threads that
+        # read weights must not be the first together: one would find no pool.
+        torch.set_num_threads(1)
         # What the test runner put in their place holds no file descriptor.
         sys.stdin, sys.stdout, sys.stderr = (
             open(number, mode, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
