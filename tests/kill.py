@@ -138,14 +138,17 @@ def campaign(name: str, start: Path, kills: int, draw: random.Random, scratch: P
 def main() -> None:
     """Run the campaign."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("commands", nargs="*", default=list(COMMANDS), choices=list(COMMANDS))
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    unknown = set(given.commands) - set(COMMANDS)
+    if unknown:
+        parser.error(f"unknown command {min(unknown)}")
     with tempfile.TemporaryDirectory(prefix="ctxprune-kill-") as folder:
         start = make_workplace(Path(folder) / "start", made_tokenizer())
         rows = []
-        for name in given.commands:
+        for name in given.commands or COMMANDS:
             draw = random.Random(f"{given.seed} {name}")
             row = campaign(name, start, given.kills, draw, Path(folder))
             rows.append(row)

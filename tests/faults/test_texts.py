@@ -16,7 +16,7 @@ from strangers import Folders, arguments, copied, edit, make
 from transformers import PreTrainedTokenizerFast
 
 LINE = json.dumps({"text": "It was a dark night."}).encode() + b"\n"
-WHOLE = gzip.compress(LINE * 50)
+WHOLE = gzip.compress(LINE * 50, mtime=0)
 
 
 def rows(*given: Any) -> bytes:
@@ -237,7 +237,7 @@ def test_what_is_endless_is_refused_and_not_read(
     """A sparse file of four gigabytes, or what is packed to little; in half a gigabyte."""
     path = tmp_path / name
     if name.endswith(".gz"):
-        path.write_bytes(gzip.compress(b"a" * (9 << 20)))
+        path.write_bytes(gzip.compress(b"a" * (9 << 20), mtime=0))
     else:
         with path.open("wb") as file:
             file.truncate(4 << 30)
@@ -257,7 +257,7 @@ def test_what_is_endless_is_refused_and_not_read(
         ("a.txt", b"\xef\xbb\xbfIt was a night.\r\nAnd a day.\r\n"),
         ("a.jsonl", b"\xef\xbb\xbf" + LINE.replace(b"\n", b"\r\n") * 2),
         ("a.ndjson", LINE),
-        ("a.json.gz", gzip.compress(b'[{"text": "It was a night."}]')),
+        ("a.json.gz", gzip.compress(b'[{"text": "It was a night."}]', mtime=0)),
         ("noname", b"It was a night."),
         ("a.json", b'["It was a night."]'),
     ],
