@@ -94,20 +94,6 @@ class Command(TyperCommand):
         super().__init__(*args, **kwargs)
         self.params += typer.main.get_command(_common).params
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; typer would end an interrupted one without a word.
-
-        Raises:
-            Interrupted: by a signal.
-            SystemExit: nobody reads what it prints, as behind `| head`.
-        """
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            raise Interrupted("interrupted") from stop
-        except BrokenPipeError as gone:
-            raise SystemExit(INTERRUPTED) from gone
-
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse arguments, old names of options among them."""
         known = {name for param in self.params for name in param.opts}
@@ -117,12 +103,36 @@ class Command(TyperCommand):
 
 
 class Commands(TyperGroup):
-    """The commands."""
+    """The commands; typer would end an interrupted one without a word.
+
+    All methods raise Interrupted after a signal, and SystemExit where nobody reads what is printed,
+    as behind `| head`.
+    """
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Parse what stands before the name of a command."""
+        with _ended():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse the rest, and run the command."""
+        with _ended():
+            return super().invoke(ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is named, and its arguments."""
         with _quoted():
             return super().resolve_command(ctx, args)
+
+
+@contextmanager
+def _ended() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Interrupted("interrupted") from stop
+    except BrokenPipeError as gone:
+        raise SystemExit(INTERRUPTED) from gone
 
 
 @contextmanager

@@ -73,6 +73,8 @@ PHASES: list[tuple[tuple[str, ...], str, int]] = [
     ((*RECIPE, *MADE), f"{TUNING}._step", 2),
     ((*RECIPE, *MADE), "evals.quality.evaluate.perplexity", 1),
     (INFO, f"{CHECKPOINT}.describe", 1),
+    (INFO, "cli.command.Command.parse_args", 1),
+    (("--version",), "cli.main._version", 1),
 ]
 
 
