@@ -18,6 +18,7 @@ from ctxprune.pruner.schema import (
     Names,
     Natural,
     Positive,
+    Rate,
     Seed,
     Settings,
     Share,
@@ -182,13 +183,13 @@ class TuneConfig(Settings):
     valid: Name | None = None
     steps: Natural = 300
     local_steps: Natural = 0
-    local_lr: Positive = 1e-2
+    local_lr: Rate = 1e-2
     train: Trained = "gates"
     context: Annotated[Tokens, Field(ge=16)] = 512
     batch_size: Count = 2
     accumulate: Count = 1
-    lr: Positive = 2e-5
-    gate_lr: Positive = 3e-3
+    lr: Rate = 2e-5
+    gate_lr: Rate = 3e-3
     warmup: Share = 0.05
     ramp: Share = 0.25
     penalty: Positive = 1.0

@@ -38,6 +38,8 @@ Count = Annotated[int, Field(ge=1, le=MOST)]
 Tokens = Annotated[int, Field(ge=1, le=LONGEST_TEXT)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Positive = Annotated[float, Field(ge=0.0)]
+# With more no optimizer can compute in float32.
+Rate = Annotated[float, Field(ge=0.0, le=1e36)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 # A sparsity. What is added makes 0.0 of -0.0.
 Level = Annotated[float, Field(ge=0.0, lt=1.0), AfterValidator(lambda value: value + 0.0)]

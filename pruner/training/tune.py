@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -68,7 +69,6 @@ from ctxprune.pruner.training.objective import (
 STATE = "state.safetensors"
 # What a run that diverged may be resumed with less of.
 RATES = ("gate_lr", "local_lr", "lr")
-MOST = 1e36
 # What attention modules call the dropout of their weights; any other is refused when it is met.
 DROPOUTS = (
     "attention_dropout",
@@ -200,11 +200,12 @@ def tune(
         Interrupted: after a KeyboardInterrupt, with the state saved.
     """
     refuse_existing(out, force=force)
-    _check_rates(config)
     work = beside(out, ".tuning")
     where = place(config.device, "float32")
     if where.device.index is not None:
         torch.accelerator.set_device_index(where.device.index)
+    # It would hold to the precision of the first run of a process.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=where.device.type == "cpu",
         mixed_precision="bf16" if config.bf16 else "no",
@@ -480,16 +481,6 @@ def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tens
             "give more text, a smaller `--max-length`, or a text for `--validation-data`",
         )
     return train[:-spare], train[-spare:][:count]
-
-
-def _check_rates(config: TuneConfig) -> None:
-    """Raise CtxpruneError for a learning rate with which no optimizer can compute in float32."""
-    for name in RATES:
-        if not getattr(config, name) <= MOST:
-            raise CtxpruneError(
-                f"{name} {getattr(config, name):g} is beyond what float32 can compute with",
-                "give one below 1",
-            )
 
 
 def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:

@@ -24,6 +24,7 @@ from ctxprune.pruner import load
 from ctxprune.pruner.checkpoints import checkpoint
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.engine.handle import new_gates
+from ctxprune.pruner.files import staged
 from ctxprune.pruner.vllm import ARCHITECTURE
 
 
@@ -41,7 +42,7 @@ def write(kind: str, out: Path, **settings: int) -> Path:
     torch.manual_seed(1)
     for gate in gates:
         torch.nn.init.normal_(gate.key.weight, std=0.15)
-    with checkpoint.staged(out, force=False) as target:
+    with staged(out, force=False) as target:
         checkpoint.write(target, model, gates, config, None, {})
     return out
 
