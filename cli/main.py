@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +42,7 @@ from ctxprune.cli.command import (
 from ctxprune.cli.console import complain, fail, mute, open_streams, out
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.files import refusal, writing
-from ctxprune.pruner.interrupts import STOPS
+from ctxprune.pruner.interrupts import REPEATS, STOPS, insist, understood
 
 # The exit code of an error that is ours: `EX_SOFTWARE` of sysexits.h.
 CRASHED = 70
@@ -96,8 +96,9 @@ def main() -> None:
     """
     open_streams()
     hush()
+    stopped = threading.Event()
     try:
-        with _stoppable():
+        with _stoppable(stopped):
             try:
                 app(prog_name="ctxprune")
             finally:
@@ -114,6 +115,9 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except Exception as error:
         told = error if isinstance(error, CtxpruneError) else refusal(error)
+        if told is None and stopped.is_set():  # a library made an error of its own of it
+            fail(Interrupted("interrupted"))
+            sys.exit(INTERRUPTED)
         if told is None:
             _crash(error)
             sys.exit(CRASHED)
@@ -125,26 +129,37 @@ def main() -> None:
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and SIGHUP end what is inside by a KeyboardInterrupt.
+def _stoppable(stopped: threading.Event) -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and SIGHUP end what is inside by a KeyboardInterrupt, and set `stopped`.
 
-    What is ignored stays so, as SIGHUP under `nohup`.
+    Ctrl-C ends a command at once that is ending already. What is ignored stays so, as SIGHUP under
+    `nohup`.
     """
-    before = {}
+
+    def stop(number: int, _: object) -> None:
+        if number == signal.SIGINT and stopped.is_set():
+            os._exit(INTERRUPTED)
+        if number in STOPS:
+            stopped.set()
+            insist()
+        raise KeyboardInterrupt
+
+    def unraisable(told: sys.UnraisableHookArgs) -> None:
+        if told.exc_type is not KeyboardInterrupt:
+            hook(told)
+
+    before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        obeyed = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, _stop) for number in obeyed}
+        obeyed = [each for each in STOPS if signal.getsignal(each) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, stop) for number in (*obeyed, *REPEATS)}
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     try:
         yield
     finally:
+        understood()
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _stop(number: int, _: object) -> None:
-    if number == signal.SIGINT:  # who presses it again does not want to wait
-        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
-    raise KeyboardInterrupt
 
 
 def _crash(error: Exception) -> None:

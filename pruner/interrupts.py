@@ -8,8 +8,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What asks a command to end; Windows has no SIGHUP.
+# What asks a command to end, and what repeats it; Windows has neither SIGHUP nor SIGALRM.
 STOPS = (signal.SIGINT, signal.SIGTERM, *(() if sys.platform == "win32" else (signal.SIGHUP,)))
+REPEATS = () if sys.platform == "win32" else (signal.SIGALRM,)
+# Seconds after which a command that goes on is asked again.
+AGAIN = 1.0
+
+
+def insist() -> None:
+    """Ask again, every so often: some libraries swallow what is raised where they call Python."""
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
+
+
+def understood() -> None:
+    """Ask no more."""
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 @contextmanager
@@ -25,7 +40,7 @@ def deferred() -> Iterator[None]:
     came: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _: came.append(number))
-        for number in STOPS
+        for number in (*STOPS, *REPEATS)
         if callable(signal.getsignal(number))
     }
     try:

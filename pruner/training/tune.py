@@ -51,7 +51,7 @@ from ctxprune.pruner.files import (
     writing,
 )
 from ctxprune.pruner.finite import first_non_finite
-from ctxprune.pruner.interrupts import deferred
+from ctxprune.pruner.interrupts import deferred, understood
 from ctxprune.pruner.rows import ceiling
 from ctxprune.pruner.training.calibrate import TOKENS, calibrate, passes_of
 from ctxprune.pruner.training.local import LocalAttention
@@ -332,9 +332,11 @@ def _tune(
             on_phase(f"writing {out}")
             _write(run, model, handle, prune, tokenizer, out, force)
     except KeyboardInterrupt as stop:
-        _end_tracking(accelerator)
-        if accelerator.is_main_process and run.done > run.saved and run.is_finite:
-            run.save()
+        with deferred():
+            understood()
+            if accelerator.is_main_process and run.done > run.saved and run.is_finite:
+                run.save()
+            _end_tracking(accelerator)
         raise run.stopped() from stop
     finally:
         if accelerator.is_main_process and not run.saved:

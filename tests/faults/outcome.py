@@ -6,13 +6,19 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from tqdm import tqdm
+
 from ctxprune.cli.main import main
+
+# By default forks share its lock, and one that is killed may keep it.
+tqdm.set_lock(threading.RLock())
 
 # Seconds after which a command hangs, whatever it does.
 PATIENCE = 120.0

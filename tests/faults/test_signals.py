@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,45 @@ def test_run_goes_on_from_where_it_was_interrupted(place: Path) -> None:
     done = ctxprune(*RECIPE, *MADE, cwd=place)
     assert done.code == 0 and done.err.count("already done, kept") == 1
     assert "step 3/3" in done.err and "step 1/3" not in done.err
+
+
+def _deaf(number: int, ends: bool) -> Callable[..., None]:
+    """A library that swallows an interruption, and then goes on or makes an error of its own."""
+
+    def call(*_: Any, **__: Any) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            if ends:
+                raise RuntimeError("no validator could be built") from None
+        while True:
+            time.sleep(0.01)
+
+    return call
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_that_a_library_swallows(number: int, ends: bool, place: Path) -> None:
+    deaf = _deaf(number, ends)
+    done = ctxprune("info", cwd=place, prepare=lambda: replace(f"{CHECKPOINT}.describe", deaf))
+    _interrupted(done)
+
+
+class _Finalized:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_where_nothing_can_be_raised(place: Path) -> None:
+    def call(*_: Any, **__: Any) -> None:
+        _Finalized()
+        while True:
+            time.sleep(0.01)
+
+    done = ctxprune("info", cwd=place, prepare=lambda: replace(f"{CHECKPOINT}.describe", call))
+    _interrupted(done)
+    assert "ignored" not in done.err
 
 
 def test_ctrl_c_twice_ends_at_once(place: Path) -> None:
