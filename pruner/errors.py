@@ -39,4 +39,5 @@ def choose(kind: str, name: str, options: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     meant = f", did you mean `{near[0]}`?" if near else ""
     listed = ", ".join(f"`{option}`" for option in known)
-    raise CtxpruneError(f"unknown {kind} `{name}`{meant}", f"choose from {listed}")
+    said = name if name.isprintable() else ascii(name)[1:-1]
+    raise CtxpruneError(f"unknown {kind} `{said}`{meant}", f"choose from {listed}")

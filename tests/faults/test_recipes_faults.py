@@ -111,7 +111,9 @@ FILES: dict[str, tuple[bytes, str]] = {
         "rank must be at least",
     ),
     "a grid of 10^9 cells": (
-        f"steps: [{{convert: {{grid: {{{', '.join(f'o{n}: {list(range(10))}' for n in range(9))}}}}}}}]".encode(),
+        yaml.safe_dump(
+            {"steps": [{"convert": {"grid": {f"o{n}": list(range(10)) for n in range(9)}}}]}
+        ).encode(),
         "more than 1,000 steps",
     ),
     "the same cell twice": (b"steps: [{convert: {grid: {rank: [1, 1]}}}]", "two steps called"),
