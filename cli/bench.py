@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctxprune.cli.console import check_writable, data, only_data, say, write_json
+from ctxprune.cli.console import data, only_data, say, write_json
 from ctxprune.cli.console import out as stdout
 from ctxprune.cli.options import (
     EVICTION,
@@ -29,6 +29,7 @@ from ctxprune.cli.options import (
 )
 from ctxprune.cli.workspace import current
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.files import check_writable
 from ctxprune.pruner.savings import MEANING
 
 if TYPE_CHECKING:
@@ -225,7 +226,6 @@ def _speed(folder: Path | None, config: BenchConfig, plot_file: Path | None) -> 
     results = run(folder, config, state=state, on_event=say)
     typed = measured(Benchmark, results)
     if plot_file is not None:
-        plot_file.parent.mkdir(parents=True, exist_ok=True)
         plot(typed, plot_file)
         say(f"wrote {plot_file}")
     stdout.print(rich_table(typed))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctxprune.cli.console import complain, fail, say, stream
+from ctxprune.cli.console import complain, fail, read_lines, say, stream
 from ctxprune.cli.options import (
     TEXT,
     Device,
@@ -95,7 +95,7 @@ def chat(
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         say("; ".join(f"{name}: {what}" for name, what in COMMANDS.items()))
-    for line in _typed() if at_terminal else sys.stdin:
+    for line in _typed() if at_terminal else read_lines():
         try:
             if not _obey(line.strip(), conversation):
                 break
@@ -111,11 +111,22 @@ def _typed() -> Iterator[str]:
 
     while True:
         try:
-            yield input("> ")
+            with _on_ctrl_c(_give_up):
+                line = input("> ")
         except EOFError:
             return
-        except KeyboardInterrupt:
+        except _GivenUp:
             complain("\n/exit or Ctrl-D leaves")
+            continue
+        yield line
+
+
+class _GivenUp(Exception):
+    """Ctrl-C was pressed where a line is typed."""
+
+
+def _give_up(*_: Any) -> None:
+    raise _GivenUp
 
 
 def _obey(line: str, conversation: Conversation) -> bool:
@@ -159,8 +170,14 @@ def _stoppable() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
 
-    before = signal.signal(signal.SIGINT, press)
-    try:
+    with _on_ctrl_c(press):
         yield lambda: pressed
+
+
+@contextmanager
+def _on_ctrl_c(do: Callable[..., None]) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, do)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGINT, before)

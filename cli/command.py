@@ -14,10 +14,13 @@ from typer.core import TyperCommand, TyperGroup
 
 from ctxprune.cli.console import err
 from ctxprune.cli.options import RENAMED
+from ctxprune.pruner.errors import Interrupted
 from ctxprune.pruner.words import line
 
 # What a command that is not understood raises: typer exports what comes of it alone.
 USAGE: Any = typer.BadParameter.__base__
+# The exit code of what Ctrl-C, SIGTERM or SIGHUP ended: 128 and the number of the first.
+INTERRUPTED = 130
 HELP = {"help_option_names": ["-h", "--help"]}
 # How libraries are kept from talking over our own output.
 SILENT = {
@@ -90,6 +93,20 @@ class Command(TyperCommand):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params += typer.main.get_command(_common).params
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; typer would end an interrupted one without a word.
+
+        Raises:
+            Interrupted: by a signal.
+            SystemExit: nobody reads what it prints, as behind `| head`.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise Interrupted("interrupted") from stop
+        except BrokenPipeError as gone:
+            raise SystemExit(INTERRUPTED) from gone
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse arguments, old names of options among them."""

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import console
 from rich.live import Live
 from rich.text import Text
 
 from ctxprune.pruner import words
 from ctxprune.pruner.errors import CtxpruneError
-from ctxprune.pruner.files import whole
+from ctxprune.pruner.files import write_text
+
+# Characters of a message that are printed.
+LONGEST = 500
+
+
+class Console(console.Console):
+    """A console that tells if nobody reads it, where rich ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on raising BrokenPipeError."""
+        raise
 
 
 class Plain(Console):
@@ -30,7 +42,7 @@ class Plain(Console):
 
 
 # In a pipe there is no width to fit: a table keeps its columns whole.
-out = Plain(width=None if sys.stdout.isatty() else 160)
+out = Plain(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
 # What `--quiet` silences, and what it does not.
 err = Plain(stderr=True)
 errors = Plain(stderr=True)
@@ -43,12 +55,42 @@ def say(line: str) -> None:
 
 def complain(text: str) -> None:
     """What went wrong; it is printed with `--quiet` too."""
-    errors.print(text, soft_wrap=True)
+    with suppress(OSError):  # nobody is there to be told, or nothing can be written
+        errors.print(text, soft_wrap=True)
+
+
+def open_streams() -> None:
+    """See that there are stdin, stdout and stderr, and that any text can be printed.
+
+    Where a command is started without one, the next file that it opens would be taken for it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def mute() -> None:
+    """Print no more on stdout, not even what waits to be printed: it could not be."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def fail(error: CtxpruneError) -> None:
     """A mistake of the user: what is wrong, and what to do."""
-    complain(f"error: {words.line(error.message)}")
+    told = words.line(error.message)
+    if len(told) > LONGEST:  # a name of any length may be in it
+        told = f"{told[: LONGEST // 2]} ... {told[-LONGEST // 2 :]}"
+    complain(f"error: {told}")
     if error.hint:
         complain(f"\nhint: {words.line(error.hint)}")
 
@@ -58,6 +100,26 @@ def only_data(wanted: bool) -> Iterator[None]:
     """If it is wanted, keep stdout for `data` after it: tables and texts go to stderr."""
     with redirect_stdout(sys.stderr) if wanted else nullcontext():
         yield
+
+
+def read_text() -> str:
+    """What stdin holds.
+
+    Raises:
+        CtxpruneError: it is not UTF-8.
+    """
+    return "".join(read_lines())
+
+
+def read_lines() -> Iterator[str]:
+    """The lines of stdin, as they come; raises as `read_text`."""
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            raise CtxpruneError(
+                f"line {number} of stdin is not UTF-8: {error.reason}", "convert it first"
+            ) from error
 
 
 def data(value: Any, indent: int | None = 2) -> None:
@@ -118,27 +180,8 @@ def live_memory() -> Iterator[Callable[[list[str], list[float]], None]]:
     out.print(legend())
 
 
-def check_writable(path: Path) -> None:
-    """Raise CtxpruneError if a result could not be written there after hours of work."""
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CtxpruneError(f"`{path}` cannot be written", "give the path of a new file")
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write a result as JSON, as `write_text` does."""
     from ctxprune.evals.results import dumps
 
     write_text(path, dumps(value, 2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a result file whole or not at all.
-
-    Raises:
-        CtxpruneError: it cannot be written.
-    """
-    with whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

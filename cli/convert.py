@@ -9,7 +9,7 @@ import typer
 
 from ctxprune.cli.console import say
 from ctxprune.cli.options import EVICTION, MODEL, Force, Out, StoredDtype, option, settings
-from ctxprune.cli.workspace import set_current
+from ctxprune.cli.workspace import check_notable, set_current
 from ctxprune.pruner.config import PruneConfig
 
 EXAMPLES = """
@@ -81,7 +81,15 @@ def convert(
         bool,
         typer.Option(
             "--trust-remote-code",
-            help="Let a hub repository run its own code.",
+            help="Let a hub repository or a folder run its own code.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False,
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option(
+            "--allow-nonfinite",
+            help="Take weights that hold NaN or infinity, where the model never uses them.",
             rich_help_panel=MODEL,
         ),
     ] = False,
@@ -93,6 +101,7 @@ def convert(
     from ctxprune.pruner.checkpoints import checkpoint
     from ctxprune.pruner.checkpoints import convert as conversion
 
+    check_notable()
     folder: Path = conversion.convert(
         model,
         out,
@@ -101,6 +110,8 @@ def convert(
         gates_only=gates_only,
         force=force,
         trust_remote_code=trust_remote_code,
+        allow_non_finite=allow_nonfinite,
+        on_event=say,
         dtype=dtype or "auto",
     )
     set_current(folder)

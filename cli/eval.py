@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import check_writable, data, only_data, say, write_json
+from ctxprune.cli.console import data, only_data, say, write_json
 from ctxprune.cli.console import out as stdout
 from ctxprune.cli.options import (
     EVICTION,
@@ -30,6 +30,7 @@ from ctxprune.cli.options import (
 )
 from ctxprune.cli.progress import evaluation_progress
 from ctxprune.cli.workspace import current
+from ctxprune.pruner.files import check_writable
 from ctxprune.pruner.words import line
 
 EXAMPLES = """
@@ -41,7 +42,7 @@ Examples:
 
   ctxprune eval --tasks gsm8k --num-fewshot 5 --apply-chat-template --limit 100
 
-  ctxprune eval --tasks retrieval,last_word --lengths 1024,2048 --text book.txt
+  ctxprune eval --tasks retrieval,multi_key,conversation --lengths 1024,2048 --text book.txt
 
   ctxprune eval --policy h2o --evict prompt --max-length 1280 --prompt 1024 --sparsity 0.8
 
@@ -64,8 +65,9 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="fidelity, retrieval, last_word, and lm-eval's tasks, groups and tags, "
-            "comma-separated.",
+            help="Comma-separated: fidelity; retrieval, multi_key, multi_value, variable_tracking, "
+            "counting (facts in a long text); conversation; last_word; and lm-eval's tasks, groups "
+            "and tags.",
             callback=words,
             rich_help_panel=TASKS,
         ),
@@ -135,7 +137,7 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text for perplexity, fidelity, retrieval, last_word: file or datasets name.",
+            help="Text for perplexity and our own tasks: file or datasets name.",
             rich_help_panel=TEXT,
         ),
     ] = None,
@@ -165,7 +167,8 @@ def evaluate(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Prompt lengths of retrieval, comma-separated; default: 1024,2048,4096.",
+            help="Prompt lengths of the tasks with facts in a long text, comma-separated; "
+            "default: 1024,2048,4096.",
             callback=whole,
             rich_help_panel=TEXT,
         ),
@@ -181,8 +184,9 @@ def evaluate(
     limit: Annotated[
         int | None,
         typer.Option(
-            help="Documents a task; default: all. Of retrieval, prompts a length and depth: 10; "
-            "of last_word: 500; of fidelity, texts of a kind: 32.",
+            help="Documents a task; default: all. Of tasks with facts in a long text, prompts a "
+            "length and depth: 10; of conversation: 16; of last_word: 500; of fidelity, texts of a "
+            "kind: 32.",
             rich_help_panel=WORK,
         ),
     ] = None,
@@ -212,8 +216,9 @@ def evaluate(
     if list_tasks:
         _list(include_path)
         return
-    if out is not None:
-        check_writable(out)
+    for path in (out, log_samples and log_samples / "samples.jsonl"):
+        if path is not None:
+            check_writable(path)
     from ctxprune.evals.config import EvalConfig
     from ctxprune.evals.quality.evaluate import evaluate as run
     from ctxprune.evals.report.report import rich_tables

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import data, live_memory, say, stream
+from ctxprune.cli.console import data, live_memory, read_text, say, stream
 from ctxprune.cli.options import (
     OUTPUT,
     SAMPLING,
@@ -103,7 +102,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue texts, or answer; a single text streams. stderr tells what the cache holds."""
-    texts = [sys.stdin.read() if text == "-" else text for text in prompt]
+    texts = [read_text() if text == "-" else text for text in prompt]
     options = {**settings(ctx, GenerateConfig), "prompt": texts}
     config = GenerateConfig(**options)
     write(current(model), config, show=show, as_json=as_json)

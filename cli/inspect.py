@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ctxprune.cli.console import check_writable, data, legend, only_data, say, shaded, write_text
+from ctxprune.cli.console import data, legend, only_data, read_text, say, shaded
 from ctxprune.cli.console import out as stdout
 from ctxprune.cli.options import (
     EVICTION,
@@ -26,6 +25,7 @@ from ctxprune.cli.options import (
 )
 from ctxprune.cli.workspace import current
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.files import check_writable, write_text
 
 EXAMPLES = """
 Examples:
@@ -102,8 +102,9 @@ def inspect(
         raise CtxpruneError(
             "--compare already says the policies and levels", "leave out --policy and --sparsity"
         )
-    if out is not None:
-        check_writable(out)
+    for path in (out, png and png / "life.png", save and save / "1.safetensors"):
+        if path is not None:
+            check_writable(path)
     from ctxprune.evals.inspect.inspection import InspectConfig, Subject, page_data, rich_kinds
     from ctxprune.evals.inspect.inspection import inspect as run
     from ctxprune.evals.inspect.kinds import missing
@@ -111,7 +112,7 @@ def inspect(
 
     subjects = [Subject.parse(each) for each in compare or ()]
     config = InspectConfig(
-        subjects=tuple(subjects) or (Subject(policy or "gate", sparsity),),
+        subjects=tuple(subjects) or (Subject(policy=policy or "gate", sparsity=sparsity),),
         **settings(ctx, InspectConfig),
     )
     folder = current(model)
@@ -150,7 +151,7 @@ def inspect(
 def _read(source: str | None, tokens: int) -> str:
     """As much of a text as so many tokens may take."""
     if source == "-":
-        return sys.stdin.read()[: CHARACTERS * tokens]
+        return read_text()[: CHARACTERS * tokens]
     from ctxprune.pruner.data import read_texts
 
     read = ""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,9 +29,20 @@ from ctxprune.cli import (
     run,
     tune,
 )
-from ctxprune.cli.command import HELP, Command, Commands, Quiet, Verbose, hush, is_verbose
-from ctxprune.cli.console import complain, fail, out
+from ctxprune.cli.command import (
+    HELP,
+    INTERRUPTED,
+    Command,
+    Commands,
+    Quiet,
+    Verbose,
+    hush,
+    is_verbose,
+)
+from ctxprune.cli.console import complain, fail, mute, open_streams, out
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
+from ctxprune.pruner.files import refusal, writing
+from ctxprune.pruner.interrupts import STOPS
 
 # The exit code of an error that is ours: `EX_SOFTWARE` of sysexits.h.
 CRASHED = 70
@@ -77,23 +94,57 @@ def main() -> None:
 
     Exit codes: 0 done, 1 a check failed, 2 bad input, 70 a crash, 130 interrupted.
     """
+    open_streams()
     hush()
     try:
-        app(prog_name="ctxprune")
+        with _stoppable():
+            try:
+                app(prog_name="ctxprune")
+            finally:
+                with writing(Path("stdout")):
+                    sys.stdout.flush()
+    except BrokenPipeError:
+        mute()
+        sys.exit(INTERRUPTED)
     except Interrupted as error:
         fail(error)
-        sys.exit(130)
-    except CtxpruneError as error:
+        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:
+        fail(Interrupted("interrupted"))
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        told = error if isinstance(error, CtxpruneError) else refusal(error)
+        if told is None:
+            _crash(error)
+            sys.exit(CRASHED)
         if is_verbose():
             complain(traceback.format_exc())
-        fail(error)
+        fail(told)
+        mute()
         sys.exit(2)
-    except KeyboardInterrupt:
-        complain("interrupted")
-        sys.exit(130)
-    except Exception as error:
-        _crash(error)
-        sys.exit(CRASHED)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and SIGHUP end what is inside by a KeyboardInterrupt.
+
+    What is ignored stays so, as SIGHUP under `nohup`.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        obeyed = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, _stop) for number in obeyed}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, _: object) -> None:
+    if number == signal.SIGINT:  # who presses it again does not want to wait
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    raise KeyboardInterrupt
 
 
 def _crash(error: Exception) -> None:
@@ -105,10 +156,19 @@ def _crash(error: Exception) -> None:
     if is_verbose():
         complain(f"{told}\n{what}\n\nhint: {report} the traceback above")
         return
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="ctxprune-", suffix=".log", delete=False, encoding="utf-8"
-    ) as log:
-        log.write(f"ctxprune {ctxprune.__version__}: {' '.join(sys.argv[1:])}\n\n{told}")
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w",
+            prefix="ctxprune-",
+            suffix=".log",
+            delete=False,
+            encoding="utf-8",
+            errors="backslashreplace",
+        ) as log:
+            log.write(f"ctxprune {ctxprune.__version__}: {' '.join(sys.argv[1:])}\n\n{told}")
+    except OSError:  # a full disk may be what it crashed of
+        complain(f"{told}\n{what}\n\nhint: {report} the traceback above")
+        return
     complain(f"{what}\n\nhint: {report} {log.name}")
 
 

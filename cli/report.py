@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctxprune.cli.console import check_writable, say, write_text
+from ctxprune.cli.console import say
 from ctxprune.cli.options import OUTPUT
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from ctxprune.evals.report.merged import Merged

@@ -9,6 +9,8 @@ import typer
 
 from ctxprune.cli.console import complain, data, only_data, say
 from ctxprune.cli.options import OUTPUT, Json
+from ctxprune.pruner.errors import Interrupted
+from ctxprune.pruner.files import claimed
 
 EXAMPLES = """
 Examples:
@@ -40,12 +42,18 @@ def run(
     plan = recipes.load(recipe)
     work = Work(out or Path("runs") / plan.name)
     recipes.check(plan)
-    if fresh:
-        work.forget(plan)
-    with only_data(as_json):
+    with claimed(work.out / "recipe"), only_data(as_json):
+        if fresh:
+            work.forget(plan)
         for number, step in enumerate(plan.steps, start=1):
             say(f"[{number}/{len(plan.steps)}] {step.name}")
-            work.do(step)
+            try:
+                work.do(step)
+            except (KeyboardInterrupt, Interrupted) as stop:
+                raise Interrupted(
+                    f"interrupted in step `{step.name}`; what was done is kept",
+                    "repeat the command to go on",
+                ) from stop
     if as_json:
         data(work.results)
     missed = 0

@@ -22,7 +22,7 @@ from ctxprune.cli.options import (
     words,
 )
 from ctxprune.cli.progress import tuning_progress
-from ctxprune.cli.workspace import current, set_current
+from ctxprune.cli.workspace import check_notable, current, set_current
 from ctxprune.pruner.config import TuneConfig
 
 EXAMPLES = """
@@ -200,6 +200,7 @@ def tune(
 ) -> None:
     """Fine-tune a converted model to prune, and calibrate its levels of sparsity."""
     config = TuneConfig(**settings(ctx, TuneConfig))
+    check_notable()
     folder = current(model)
     target = out or folder.with_name(f"{folder.name}-tuned")
     from ctxprune.pruner.training import tune as tuning

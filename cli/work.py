@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ctxprune.cli.console import out as stdout
-from ctxprune.cli.console import say, write_json, write_text
+from ctxprune.cli.console import say, write_json
 from ctxprune.cli.generate import write
 from ctxprune.cli.progress import evaluation_progress, tuning_progress
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.files import beside, remove, write_text
 from ctxprune.recipes import BUILDS_ON, MAKERS, Recipe, Step
 
 
@@ -45,7 +45,7 @@ class Work:
                 f"`{folder}` is there, but no recipe made it", "give another `--out`"
             )
         if before is not None and not before.startswith(stamp):
-            self._remove(self._state(step.name))
+            remove(self._state(step.name))
         write_text(note, f"{stamp} begun\n")
         perform(step)
         write_text(note, f"{stamp} done\n")
@@ -53,10 +53,12 @@ class Work:
     def forget(self, plan: Recipe) -> None:
         """Remove what the steps of a recipe made in this folder, and nothing else."""
         for step in plan.steps:
-            if self._note(step.name).is_file():
-                self._remove(self.out / step.name)
-                self._remove(self._state(step.name))
-                self._note(step.name).unlink()
+            note = self._note(step.name)
+            if note.is_file():
+                write_text(note, "going\n")  # what follows may be cut off: none of it is kept
+                remove(self.out / step.name)
+                remove(self._state(step.name))
+                note.unlink()
         self._eval_state.unlink(missing_ok=True)
 
     @property
@@ -68,12 +70,7 @@ class Work:
 
     def _state(self, name: str) -> Path:
         """Where `tune` keeps the state of an unfinished run."""
-        return self.out / f".{name}.tuning"
-
-    @staticmethod
-    def _remove(folder: Path) -> None:
-        if folder.exists():
-            shutil.rmtree(folder)
+        return beside(self.out / name, ".tuning")
 
     def _stamp(self, step: Step) -> str:
         """Changes with the step's options, with the folders it builds on, and with its results."""
@@ -89,9 +86,9 @@ class Work:
         """The folder that an earlier step of this name made, if one did."""
         return self.out / name if self._note(name).is_file() else None
 
-    def _model(self, step: Step) -> Path:
+    def _model(self, step: Step, key: str = "model") -> Path:
         """The output of an earlier step, or a folder of the user's."""
-        name = str(step.options["model"])
+        name = str(step.options[key])
         return self._made(name) or Path(name)
 
     def _adapters(self, step: Step) -> list[Path]:
@@ -155,10 +152,13 @@ class Work:
         from ctxprune.evals.config import EvalConfig
         from ctxprune.evals.quality.evaluate import evaluate
 
+        config = step.config(EvalConfig)
+        if config.reference is not None:
+            config = replace(config, reference=self._model(step, "reference"))
         with evaluation_progress() as on_progress:
             results = evaluate(
                 self._model(step),
-                step.config(EvalConfig),
+                config,
                 state=self._eval_state,
                 on_event=say,
                 on_progress=on_progress,

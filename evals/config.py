@@ -1,7 +1,5 @@
 """What a measurement is told: frozen, self-checking, refusing unknown keys."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -9,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from ctxprune.evals.quality import fidelity, last_word, retrieval
+from ctxprune.evals.quality import conversation, fidelity, last_word, long_context
 from ctxprune.evals.results import ORACLE, PRUNED
 from ctxprune.pruner.config import Policy, Protocol
 from ctxprune.pruner.device import AUTO, place
@@ -76,7 +74,7 @@ Setting = float | int | bool | str | list[str] | None
 Generation = Annotated[
     dict[Name, Setting], BeforeValidator(_settings, json_schema_input_type=str | dict[str, Any])
 ]
-OWN_TASKS = (fidelity.NAME, retrieval.NAME, last_word.NAME)
+OWN_TASKS = (fidelity.NAME, *long_context.TASKS, conversation.NAME, last_word.NAME)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -159,15 +157,15 @@ class EvalConfig(Settings):
         context: tokens a window of that text, for perplexity.
         prompt: how many of them are read and not scored; None: the first.
         tokens: at most this many tokens of it; None: all.
-        lengths: tokens a prompt of `retrieval`; those that the text or the model's positions
-            cannot serve are left out.
+        lengths: tokens a prompt of the long-context tasks; those that the text or the model's
+            positions cannot serve are left out.
         reference: folder of the published model, converted, that `fidelity` compares with; None:
             the model itself at sparsity 0, if its weights were left alone.
-        limit: documents a task, prompts a length and depth of `retrieval`, texts of each kind of
-            `fidelity`; None: all of lm-eval's, and `retrieval.PER_CELL`, `last_word.LIMIT`,
-            `fidelity.LIMIT`.
+        limit: documents a task, prompts a length and depth of a long-context task, texts of each
+            kind of `fidelity`; None: all of lm-eval's, `long_context.PER_CELL`, and the `LIMIT` of
+            `conversation`, `last_word` and `fidelity`.
         batch_size: windows, requests or passages a forward pass, at most; `auto`: as many as make
-            8,192 tokens. `retrieval` takes one text a pass.
+            8,192 tokens. Long-context tasks and conversations take one text a pass.
         seed: of lm-eval's generators, and of the choice of texts of our own tasks; None: those
             that lm-eval's command takes, and 0.
         data_dir: folder of `<task>.jsonl`, the tasks' documents; None: from the hub.
@@ -189,7 +187,7 @@ class EvalConfig(Settings):
     context: Annotated[Tokens, Field(ge=2)] = 512
     prompt: Annotated[Tokens, Field(ge=2)] | None = None
     tokens: Count | None = None
-    lengths: Annotated[tuple[Length, ...], SOME, RISING] = retrieval.LENGTHS
+    lengths: Annotated[tuple[Length, ...], SOME, RISING] = long_context.LENGTHS
     reference: Folder | None = None
     limit: Count | None = None
     batch_size: Count | Literal["auto"] = 8

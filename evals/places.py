@@ -18,7 +18,7 @@ def without_place(text: str) -> str:
     """
     return "".join(
         PureWindowsPath(part).name or part if _is_absolute(part) else part
-        for part in re.split("([=@,])", text)
+        for part in re.split("([=@,])", _said(text))
     )
 
 
@@ -27,6 +27,7 @@ def nearby(path: str) -> str:
 
     Two, since one would make the same model of `a/tuned` and `b/tuned`.
     """
+    path = _said(path)
     if not _is_absolute(path):
         return path
     kind = PurePosixPath if path.startswith(("/", "~")) else PureWindowsPath
@@ -36,6 +37,11 @@ def nearby(path: str) -> str:
     elif found[:1] in HOMES:
         found = found[2:]
     return "/".join(found[-2:]) or "/"
+
+
+def _said(name: str) -> str:
+    """A name that JSON can hold: the bytes of one that is no text as their codes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_absolute(part: str) -> bool:

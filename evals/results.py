@@ -78,7 +78,7 @@ class Difference(Part):
 
 
 class Cell(Part):
-    """Of retrieval: accuracy at a length of the prompt and a depth of the fact."""
+    """Of a long-context task: accuracy at a length of the prompt and a depth of the fact."""
 
     length: Count
     depth: Share
@@ -111,7 +111,7 @@ class Scores(Evicted):
     Attributes:
         figures: in JSON they stand among the others: metrics and their standard errors, by name.
         n, documents: how many were scored, of how many. shots: examples before each.
-        chance: the accuracy of guessing. cells: of retrieval.
+        chance: the accuracy of guessing. cells: of a long-context task.
     """
 
     figures: dict[Name, float]

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ctxprune import pruner
 from ctxprune.evals import quality
 from ctxprune.evals.results import Part, checked, dumps, load_json
-from ctxprune.pruner.files import whole
+from ctxprune.pruner.errors import Interrupted
+from ctxprune.pruner.files import claimed, write_text
 
 PRUNER, QUALITY = (Path(package.__path__[0]) for package in (pruner, quality))
 AFRESH = "delete it to start afresh"
@@ -44,6 +46,26 @@ class Finished:
         self._all: dict[str, Kept] = {}
         if path is not None and path.exists():
             self._all = checked(dict[str, Kept], load_json(path, AFRESH), self._what, AFRESH)
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path | None) -> Iterator[Finished]:
+        """A state file that no other process writes in the meantime.
+
+        Raises:
+            CtxpruneError: another process does, it cannot be written, or it is something else.
+            Interrupted: after Ctrl-C or SIGTERM; what was measured is kept.
+        """
+        with nullcontext() if path is None else claimed(path):
+            finished = cls(path)
+            try:
+                yield finished
+            except KeyboardInterrupt as stop:
+                if not finished._all:
+                    raise
+                raise Interrupted(
+                    "interrupted; finished measurements are kept", "repeat the command to go on"
+                ) from stop
 
     def get(self, key: str, kind: type[Part]) -> Kept | None:
         """What is kept under a digest, if there is anything.
@@ -78,9 +100,8 @@ class Finished:
 
     def _write(self) -> None:
         if self._path is not None:
-            text = dumps({key: kept.model_dump() for key, kept in self._all.items()})
-            with whole(self._path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            kept = {key: each.model_dump() for key, each in self._all.items()}
+            write_text(self._path, dumps(kept))
 
 
 def stats(files: Iterable[Path]) -> list[tuple[str, int, int]]:

@@ -1,7 +1,5 @@
 """What a run is told: frozen, self-checking, refusing unknown keys; the only home of defaults."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, field, replace
 from typing import Annotated, Any, Literal, get_args
@@ -58,16 +56,24 @@ def check_max_rows(rows: int, protected: int) -> None:
 
 
 def _known_policy(name: str) -> str:
+    return choose("policy", name, _policies())
+
+
+def _policies() -> list[str]:
     from ctxprune.pruner.policies import names  # late: a policy imports torch
 
-    return choose("policy", name, names())
+    return list(names())
+
+
+def _list_policies(schema: dict[str, Any]) -> None:
+    schema["enum"] = _policies()
 
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Bonus = Annotated[float, Field(ge=0.0, le=1e6)]
 Beams = Annotated[int, Field(ge=1, le=4096)]
 Prompts = Annotated[tuple[Text, ...], LIST, ALONE]
-Policy = Annotated[str, AfterValidator(_known_policy)]
+Policy = Annotated[str, AfterValidator(_known_policy), Field(json_schema_extra=_list_policies)]
 # Shares of a layer each, of which one at least is above 0.
 Shares = Annotated[tuple[Share, ...], Field(strict=False, min_length=1, max_length=10_000)]
 
@@ -236,7 +242,7 @@ class TuneConfig(Settings):
         return self.ahead + self.steps
 
     @property
-    def local(self) -> TuneConfig:
+    def local(self) -> "TuneConfig":
         """The local phase as a run of its own: pruned at every step, from the first one on."""
         return replace(
             self, steps=self.local_steps, gate_lr=self.local_lr, dense_share=0.0, ramp=0.0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from ctxprune.pruner.config import ChatConfig
@@ -17,11 +18,14 @@ from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.finite import check_numbers
 from ctxprune.pruner.savings import Savings
 
 Message = dict[str, str]
 # Stands for an answer where a template is asked how it ends one.
 ANSWER = "an-answer"
+# What a layer of a dense cache calls its tensors.
+HELD = ("keys", "values")
 
 
 class ChatTemplate:
@@ -140,14 +144,7 @@ class Conversation:
         Raises:
             CtxpruneError: the template refuses the message, or there are no positions left.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        rendered = self._template.render(messages)
-        reread = not rendered.startswith(self._text)
-        if reread:
-            self._forget()
-        # What was written stays as it is: the rest begins behind it.
-        rest = rendered[len(self._text) :]
-        ids = self.ids + encode(self._tokenizer, rest)
+        messages, rendered, ids, reread = self._asked(text)
         new = self._write(ids, on_text, stopped)
         ended = bool(new) and new[-1] in self._template.ends
         # The token that ends an answer was not read; the template brings it with the next message.
@@ -167,6 +164,53 @@ class Conversation:
             len(self.ids) - (not ended),
             None if pruned is None else pruned.savings,
         )
+
+    def hear(self, text: str, answer: str) -> Tensor:
+        """Say something to the model, and give it an answer as if it had written that.
+
+        Returns:
+            Logits (tokens of the answer, vocabulary): what the model would have written instead
+            of each.
+
+        Raises:
+            CtxpruneError: the template refuses the message.
+        """
+        messages, rendered, ids, _ = self._asked(text)
+        given = encode(self._tokenizer, answer)
+        unread = [*ids, *given][self._cache.get_seq_length() :]
+        with torch.inference_mode():
+            logits: Tensor = self._model(
+                torch.tensor([unread], device=input_device(self._model)),
+                past_key_values=self._cache,
+                logits_to_keep=len(given) + 1,
+            ).logits
+        self.ids, self._text = ids + given, rendered + answer
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        return logits[0, :-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache: of its pages, or of the keys and values that a dense one has read."""
+        if isinstance(self._cache, PrunedCache):
+            return self._cache.nbytes
+        held = [getattr(layer, name, None) for layer in self._cache.layers for name in HELD]
+        return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
+
+    def _asked(self, text: str) -> tuple[list[Message], str, list[int], bool]:
+        """The conversation with a message of the user.
+
+        Returns:
+            Its messages, text and ids up to where the answer begins, and whether it has to be
+            read again from its start.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        rendered = self._template.render(messages)
+        reread = not rendered.startswith(self._text)
+        if reread:
+            self._forget()
+        # What was written stays as it is: the rest begins behind it.
+        rest = rendered[len(self._text) :]
+        return messages, rendered, self.ids + encode(self._tokenizer, rest), reread
 
     def _forget(self) -> None:
         self.ids, self._text = [], ""
@@ -189,6 +233,7 @@ class Conversation:
                 attention_mask=torch.ones_like(prompt),
                 past_key_values=self._cache,
                 stopping_criteria=StoppingCriteriaList([_Stop(stopped)]),
+                logits_processor=LogitsProcessorList([Numbers()]),
                 **self._template.ending,
                 **options,
             )
@@ -218,6 +263,19 @@ class Streamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Receive words as soon as they are sure."""
         self._on_text(text + "\n" * stream_end)
+
+
+class Numbers(LogitsProcessor):
+    """Ends a text whose next token would be drawn from what is no number."""
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        """The scores (b, vocabulary) as they are.
+
+        Raises:
+            CtxpruneError: some are NaN.
+        """
+        check_numbers(scores, "the model's predictions")
+        return scores
 
 
 class _Stop(StoppingCriteria):

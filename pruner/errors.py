@@ -6,7 +6,13 @@ Anything else that is raised (ValueError, KeyError ...) is a bug of ours and kee
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+# Characters of somebody else's message that are repeated, at most.
+LONGEST = 240
+# What pyo3 makes of a panic in Rust: no `Exception`, so that nobody catches it by mistake.
+PANIC = "PanicException"
 
 
 class CtxpruneError(Exception):
@@ -22,9 +28,35 @@ class Interrupted(CtxpruneError):
     """Work was stopped by the user and can be resumed."""
 
 
+@contextmanager
+def translated(message: str, hint: str = "") -> Iterator[None]:
+    """Turn what a library raises over somebody's file into one sentence: the message, and why.
+
+    It goes around calls of libraries alone: an error of our own code is no mistake of the user.
+
+    Raises:
+        CtxpruneError: in place of anything else, but for what ends the program.
+    """
+    try:
+        yield
+    except CtxpruneError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
+        raise CtxpruneError(f"{message}: {first_line(error)}", hint) from error
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The first line of an error's text, or the first two if the second is the reason.
+
+    Without a full stop, and cut where it is endless.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]).rstrip(".")
+    if not told:
+        return type(error).__name__
+    return told if len(told) <= LONGEST else f"{told[:LONGEST]} ..."
 
 
 def choose(kind: str, name: str, options: Iterable[str]) -> str:

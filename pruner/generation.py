@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from ctxprune.pruner.config import GenerateConfig
-from ctxprune.pruner.conversation import ChatTemplate, Streamer, opening
+from ctxprune.pruner.conversation import ChatTemplate, Numbers, Streamer, opening
+from ctxprune.pruner.data import pad
 from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.savings import Savings
+from ctxprune.pruner.untrusted import check_text
 
 OnMemory = Callable[[list[str], list[float]], None]
 
@@ -61,12 +64,12 @@ def generate(
             and the share of the layers that the next query will find each of them in.
 
     Raises:
-        CtxpruneError: a chat is asked for, and the tokenizer has no template or it refuses.
+        CtxpruneError: a chat is asked for, and the tokenizer has no template or it refuses; the
+            model gives no numbers.
     """
     torch.manual_seed(config.seed)
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    pad(tokenizer)
     template = chat_template(model, tokenizer, config)
     batch = _read(tokenizer, config, template)
     options: dict[str, Any] = {
@@ -74,6 +77,7 @@ def generate(
         "num_beams": config.num_beams,
         "num_return_sequences": config.num_return_sequences,
         "pad_token_id": tokenizer.pad_token_id,
+        "logits_processor": LogitsProcessorList([Numbers()]),
     }
     if template is not None:
         options |= template.ending
@@ -130,6 +134,8 @@ def _read(
 ) -> Any:
     """The prompts as a padded batch of ids."""
     texts = list(config.prompt)
+    for number, text in enumerate([*texts, *config.stop], start=1):
+        check_text(text, f"text {number} of the prompts and stop strings")
     if template is not None:
         before = opening(config)
         texts = [template.render([*before, {"role": "user", "content": text}]) for text in texts]

@@ -38,7 +38,7 @@ _EXPECTATION = re.compile(
     re.ASCII,
 )
 # Options that name what an earlier step made, or something of the user's: what that has to be.
-BUILDS_ON = {"model": Path.is_dir, "adapter": Path.is_file}
+BUILDS_ON = {"model": Path.is_dir, "reference": Path.is_dir, "adapter": Path.is_file}
 # Steps that make a folder, which is kept if it was finished with the same options.
 MAKERS = ("convert", "tune", "export")
 

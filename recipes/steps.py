@@ -1,7 +1,5 @@
 """What a recipe may say, in types: the file, the options of its steps, its figures, its schema."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import fields

@@ -70,7 +70,9 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     ).eval()
 
 
-def remembering_model(known: Sequence[int], vocabulary: int) -> PreTrainedModel:
+def remembering_model(
+    known: Sequence[int], vocabulary: int, positions: int = 1024
+) -> PreTrainedModel:
     """A model made by hand: its logits rise with each of the known tokens that it can still see.
 
     One layer attends to all rows alike. Known tokens are axes of the embedding, others are zero,
@@ -81,7 +83,7 @@ def remembering_model(known: Sequence[int], vocabulary: int) -> PreTrainedModel:
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocabulary,
-            n_positions=1024,
+            n_positions=positions,
             n_embd=width,
             n_layer=1,
             n_head=1,
@@ -109,8 +111,7 @@ def embedded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(None, tmp_path_factory.mktemp("embedded") / "converted", {})
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def made_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on a paragraph."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -125,6 +126,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END)
     assert len(fast) <= VOCABULARY
     return fast
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The same, made once."""
+    return made_tokenizer()
 
 
 @pytest.fixture
@@ -184,3 +191,29 @@ def task_folder(tmp_path: Path) -> Path:
     folder.mkdir()
     write_tasks(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """What `make_workplace` makes."""
+    return make_workplace(tmp_path_factory.mktemp("workplace"), tokenizer)
+
+
+def make_workplace(place: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A working folder: a dense model, its conversion `m`, which is current, texts and a recipe."""
+    tiny_model("llama").save_pretrained(place / "dense")
+    tokenizer.save_pretrained(place / "dense")
+    convert(str(place / "dense"), place / "m", {"rank": 8, "context": 128})
+    (place / ".ctxprune").mkdir()
+    (place / ".ctxprune" / "current").write_text("m\n")
+    (place / "text.txt").write_text("\n".join(f"Chapter {n}. {TEXT}" for n in range(20)))
+    (place / "short.txt").write_text(TEXT * 2)
+    tune = "data: text.txt, valid: short.txt, steps: 3, context: 64, batch_size: 1, save_every: 2"
+    evaluate = "text: text.txt, context: 64, tokens: 256, sparsity: [0, 0.5], policy: window"
+    (place / "recipe.yaml").write_text(
+        "steps:\n"
+        "  - {name: c, convert: {source: dense, rank: 8}}\n"
+        f"  - {{name: t, tune: {{model: c, sparsity: 0.5, {tune}}}}}\n"
+        f"  - {{name: e, eval: {{model: t, {evaluate}}}}}\n"
+    )
+    return place

@@ -222,7 +222,7 @@ def test_generate_asks_where_a_template_was_learned(chat_folder: Path) -> None:
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, typed: str = "") -> int | str | None:
     """Run the command in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["ctxprune", *arguments])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
     with pytest.raises(SystemExit) as ended:
         main()
     return ended.value.code

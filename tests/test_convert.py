@@ -109,7 +109,7 @@ def test_weights_in_several_files(tmp_path: Path, dense_folder: Make) -> None:
         load(folder)
     refuse(f"lacks `{shards[1].name}`", str(folder), tmp_path / "again")
     (folder / "model.safetensors.index.json").write_text("{")
-    refuse("is damaged", str(folder), tmp_path / "again")
+    refuse("not valid JSON", str(folder), tmp_path / "again")
 
 
 def test_pickles_are_refused(tmp_path: Path, dense_folder: Make) -> None:
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    refuse("no space left", str(dense_folder("gpt2")), tmp_path / "out")
+    refuse("no space is left", str(dense_folder("gpt2")), tmp_path / "out")
 
 
 def test_folders_that_cannot_be_loaded(tiny_folder: Make, tmp_path: Path) -> None:

@@ -15,14 +15,14 @@ import torch
 from ctxprune.evals import state as state_module
 from ctxprune.evals.config import EvalConfig
 from ctxprune.evals.quality import evaluate as evaluate_module
-from ctxprune.evals.quality import last_word, retrieval
+from ctxprune.evals.quality import last_word, long_context
 from ctxprune.evals.quality import tasks as tasks_module
 from ctxprune.evals.quality.accuracy import against
 from ctxprune.evals.quality.evaluate import evaluate
 from ctxprune.evals.quality.perplexity import perplexity
 from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.data import read_texts
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, Interrupted
 
 CONTEXT = 48
 
@@ -179,7 +179,7 @@ def test_finished_measurements_are_not_repeated(
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(evaluate_module, "perplexity", killed_on_second)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         evaluate(folder, config, state=state)
     lines: list[str] = []
     resumed = evaluate(folder, config, state=state, on_event=lines.append)
@@ -392,12 +392,14 @@ def test_our_own_tasks_are_measured_at_every_level(
     result = evaluate(embedded_folder, own)
     model, tokenizer = load(embedded_folder), load_tokenizer(embedded_folder)
     texts = read_texts(own.text)
-    prompts = retrieval.prompts(tokenizer, texts, lengths=(128, 256), per_cell=2, seed=3)
+    prompts = long_context.prompts(
+        "retrieval", tokenizer, texts, lengths=(128, 256), per_cell=2, seed=3
+    )
     passages = last_word.passages(tokenizer, texts, limit=2, seed=3)
     for level in result["levels"]:
         at = {"policy": "sink", "sparsity": level["sparsity_requested"]}
         alone = {
-            "retrieval": retrieval.score(model, prompts, **at),
+            "retrieval": long_context.score("retrieval", model, prompts, **at),
             "last_word": last_word.score(model, passages, **at, batch_size=8),
         }
         for name, figures in alone.items():

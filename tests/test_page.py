@@ -14,6 +14,7 @@ import pytest
 from playwright.sync_api import Browser, Dialog, Locator, Page, Route, sync_playwright
 
 from ctxprune.evals.inspect.page import render
+from ctxprune.pruner import words
 
 HOSTILE = [
     "<script>window.pwned = 1; alert(1)</script>",
@@ -433,7 +434,7 @@ def test_hostile_text_is_only_text(load: Open) -> None:
     shown = page.locator('.pane[data-view="0"] .token').evaluate_all(
         "all => all.map(each => JSON.stringify(each.textContent))"
     )
-    assert [json.loads(each) for each in shown] == pieces
+    assert [json.loads(each) for each in shown] == [words.terminal(piece) for piece in pieces]
     for index in range(len(HOSTILE)):
         token(page, index).evaluate("each => each.focus()")
         assert page.locator("#detail tbody tr").count() == 3

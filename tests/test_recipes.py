@@ -17,7 +17,7 @@ from ctxprune.cli.progress import TuningProgress
 from ctxprune.cli.work import Work
 from ctxprune.pruner.checkpoints import adapter
 from ctxprune.pruner.checkpoints.checkpoint import GATES, read_config
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.recipes import check
 from ctxprune.recipes.steps import schema
 
@@ -183,7 +183,7 @@ def test_an_interrupted_tune_goes_on(
     plan = recipes.parse("mine", {"steps": [{"name": "tuned", "tune": options}]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ctxprune.pruner.training.tune.calibrate", _stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             Work(tmp_path).do(plan.steps[0])
     assert not (tmp_path / "tuned").exists()
     steps: list[int] = []
@@ -249,6 +249,54 @@ def test_a_step_averages_the_adapters_of_others(
     steps[-1] = {"name": "c", "convert": {**source, "adapter": ["a", "d"]}}
     with pytest.raises(CtxpruneError, match="unknown `adapter` of step `c` `d`"):
         check(recipes.parse("mine", {"steps": steps}))
+
+
+# What makes a recipe for a GPU one for a test: the steps and what they name stay as they are.
+TINY: dict[str, Any] = {
+    "context": 128,
+    "batch_size": 2,
+    "bf16": False,  # accelerate holds to the precision of the first run of a process
+    "max_tokens": 512,
+    "tokens": 256,
+    "limit": 1,
+    "lengths": [512],
+    "sparsity": [0, 0.8],
+    "tasks": ["fidelity", "retrieval", "multi_key", "hellaswag", "piqa"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m-gpu", pytest.param("smollm2-1.7b-gpu", marks=pytest.mark.zoo)]
+)
+def test_the_recipes_for_a_gpu_go_through(
+    name: str, text_file: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    """On the embedded model, with little text; and again, with nothing left to do."""
+    steps = []
+    for step in recipes.load(name).steps:
+        tiny = {key: TINY.get(key, value) for key, value in step.options.items()}
+        tiny |= dict.fromkeys({"data", "valid", "text"} & tiny.keys(), str(text_file))
+        if step.command == "convert":
+            del tiny["source"]  # the embedded model
+        if step.command == "tune":
+            tiny["sparsity"] = step.options["sparsity"]
+        if step.command == "eval":
+            tiny["tasks"] = [task for task in step.options["tasks"] if task in TINY["tasks"]]
+        if "data_dir" in tiny:
+            tiny["data_dir"] = str(task_folder)
+        steps.append({"name": step.name, step.command: tiny})
+    plan = recipes.parse(name, {"steps": steps})
+    check(plan)
+    work = Work(tmp_path / "run")
+    for step in plan.steps:
+        work.do(step)
+    for of, most in (("fidelity", 0.0), ("fidelity-lora", 1.0)):
+        dense = work.results[of]["levels"][0]["tasks"]["fidelity"]["running_divergence"]
+        # LoRA has moved the weights, so the reference is the model that was converted.
+        assert 0.0 <= dense <= most and (dense > 0.0) == (of == "fidelity-lora")
+    assert (tmp_path / "run" / "exported" / "config.json").is_file()
+    for step in plan.steps:
+        work.do(step)
 
 
 def _stop(*_: Any, **__: Any) -> None:

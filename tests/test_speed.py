@@ -40,7 +40,7 @@ from ctxprune.pruner import device
 from ctxprune.pruner.checkpoints.checkpoint import load
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.dense import DenseCache, DenseLayer
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.rows import Plan, Rows
 
 Make = Callable[[str], Path]
@@ -304,7 +304,7 @@ def test_a_killed_benchmark_goes_on(
         return real(self)
 
     monkeypatch.setattr(Comparison, "measure", killed_on_second)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         bench(folder, config, state=state)
     lines: list[str] = []
     resumed = bench(folder, config, state=state, on_event=lines.append)

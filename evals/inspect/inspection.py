@@ -1,7 +1,5 @@
 """What `ctxprune inspect` shows: traces of one text, and what they say about its tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +31,7 @@ class Subject(Settings):
     model: Path | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Subject:
+    def parse(cls, text: str) -> "Subject":
         """`POLICY[:SPARSITY][@MODEL]`, as in `gate`, `sink:0.8` or `gate:0.5@./other`.
 
         Raises:
@@ -47,7 +45,7 @@ class Subject(Settings):
             raise CtxpruneError(
                 f"`{sparsity}` of `{text}` is no sparsity", "write it like `sink:0.8`"
             ) from error
-        return cls(policy, level, Path(model) if model else None)
+        return cls(policy=policy, sparsity=level, model=Path(model) if model else None)
 
 
 @checked(frozen=True, config=STRICT)

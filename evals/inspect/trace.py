@@ -21,10 +21,11 @@ from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.engine.modes import Evict
 from ctxprune.pruner.engine.page import Held, Queries
-from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.errors import CtxpruneError, translated
 from ctxprune.pruner.files import whole
 from ctxprune.pruner.policies import Policy
 from ctxprune.pruner.rows import Rows, unlimited
+from ctxprune.pruner.untrusted import check_text
 
 TENSORS = ("expires", "dropper", "attention")
 
@@ -86,10 +87,7 @@ class Trace:
         }
         tensors = {name: getattr(self, name).contiguous() for name in TENSORS}
         with whole(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={"trace": json.dumps(about)})
-            except SafetensorError as error:
-                raise CtxpruneError(f"`{path}` cannot be written: {error}") from error
+            save_file(tensors, temporary, metadata={"trace": json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path) -> Trace:
@@ -115,7 +113,11 @@ def pieces_of(
     Raises:
         CtxpruneError: there is no text.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    check_text(text, "the text")
+    with translated("this tokenizer does not tell which piece of the text a token stands for"):
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
     ids: list[int] = encoded["input_ids"][:tokens]
     if not ids:
         raise CtxpruneError("the text is empty", "give a text of at least one token")

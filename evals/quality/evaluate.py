@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctxprune.evals.config import OWN_TASKS, EvalConfig
 from ctxprune.evals.places import nearby
 from ctxprune.evals.provenance import provenance, worker
-from ctxprune.evals.quality import fidelity, last_word, retrieval
+from ctxprune.evals.quality import conversation, fidelity, last_word, long_context
 from ctxprune.evals.quality.accuracy import ERROR, VALUES, against, finite, mean_and_error
 from ctxprune.evals.quality.groups import summed
 from ctxprune.evals.quality.harness import PrunedLM, check_template, score
@@ -109,9 +109,23 @@ def evaluate(
         number is None, and `not_finite` says what it was.
 
     Raises:
-        CtxpruneError: for bad input, or a pruned level at which nothing was evicted.
+        CtxpruneError: for bad input, a state that another process writes, or a pruned level at
+            which nothing was evicted.
+        Interrupted: after Ctrl-C or SIGTERM; what was measured is kept in the state.
     """
-    say = on_event or (lambda line: None)
+    with Finished.opened(state) as finished:
+        say = on_event or (lambda line: None)
+        return _evaluate(folder, config, finished, fresh, say, on_progress)
+
+
+def _evaluate(
+    folder: Path,
+    config: EvalConfig,
+    finished: Finished,
+    fresh: bool,
+    say: Callable[[str], None],
+    on_progress: Callable[[Progress], None] | None,
+) -> dict[str, Any]:
     check_folder(folder)
     official = _official(config)
     if official:
@@ -145,7 +159,6 @@ def evaluate(
             for name, task in loaded.tasks.items()
         },
     }
-    finished = Finished(state)
     weights = stats(folder.iterdir())
     versions = provenance(*PACKAGES)["versions"]
     evicts_every = 0
@@ -339,29 +352,27 @@ def _own_tasks(
     say: Callable[[str], None],
 ) -> dict[str, Measure]:
     """Those of our own that are asked for."""
-    longest = handle_of(model).decoder.positions
     measures: dict[str, Measure] = {}
     depends = [config.text, config.limit, text_stats(config.text)]
-    if retrieval.NAME in config.tasks:
-        prompts = retrieval.prompts(
-            tokenizer,
-            texts,
-            lengths=config.lengths,
-            per_cell=config.limit,
-            longest=longest,
-            seed=config.seed or 0,
+    for name in config.tasks:
+        if name in long_context.TASKS:
+            measures[name] = _long_context(name, config, model, tokenizer, texts, say)
+    if conversation.NAME in config.tasks:
+        dialogues = conversation.dialogues(
+            model, tokenizer, texts, limit=config.limit, seed=config.seed or 0
         )
-        unserved = sorted(set(config.lengths) - {len(prompt.ids) for prompt in prompts})
-        if unserved:
-            say(f"{retrieval.NAME}: length {', '.join(map(str, unserved))} cannot be served")
-        measures[retrieval.NAME] = Measure(
-            lambda level: retrieval.score(model, prompts, **_chosen(config, level)),
-            partial(_read, prompts, 1),
-            [*depends, config.lengths],
+        measures[conversation.NAME] = Measure(
+            lambda level: conversation.score(model, tokenizer, dialogues, **_chosen(config, level)),
+            lambda: conversation.work(tokenizer, dialogues),
+            depends,
         )
     if last_word.NAME in config.tasks:
         passages = last_word.passages(
-            tokenizer, texts, limit=config.limit, longest=longest, seed=config.seed or 0
+            tokenizer,
+            texts,
+            limit=config.limit,
+            longest=handle_of(model).decoder.positions,
+            seed=config.seed or 0,
         )
         measures[last_word.NAME] = Measure(
             lambda level: last_word.score(
@@ -374,6 +385,34 @@ def _own_tasks(
         check_reference(folder, config.reference)
         measures[fidelity.NAME] = _fidelity(config, model, tokenizer, texts, say)
     return measures
+
+
+def _long_context(
+    name: str,
+    config: EvalConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    say: Callable[[str], None],
+) -> Measure:
+    """One of the long-context tasks."""
+    prompts = long_context.prompts(
+        name,
+        tokenizer,
+        texts,
+        lengths=config.lengths,
+        per_cell=config.limit,
+        longest=handle_of(model).decoder.positions,
+        seed=config.seed or 0,
+    )
+    unserved = sorted(set(config.lengths) - {len(prompt.ids) for prompt in prompts})
+    if unserved:
+        say(f"{name}: length {', '.join(map(str, unserved))} cannot be served")
+    return Measure(
+        lambda level: long_context.score(name, model, prompts, **_chosen(config, level)),
+        partial(_read, prompts, 1),
+        [config.text, config.limit, text_stats(config.text), config.lengths],
+    )
 
 
 def check_reference(folder: Path, reference: Path | None) -> None:
@@ -427,7 +466,7 @@ def _fidelity(
 
 
 def _read(
-    asked: Sequence[retrieval.Prompt] | Sequence[last_word.Passage], batch_size: int | str
+    asked: Sequence[long_context.Prompt] | Sequence[last_word.Passage], batch_size: int | str
 ) -> Work:
     return reading([len(each.ids) for each in asked], batch_size)
 

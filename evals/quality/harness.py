@@ -27,11 +27,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctxprune.evals.quality.accuracy import ERROR, VALUES, refuse_dense, used
 from ctxprune.evals.quality.scoring import likelihoods, texts_a_pass
 from ctxprune.evals.quality.tasks import quiet
+from ctxprune.pruner.data import pad
 from ctxprune.pruner.device import AUTO
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.engine.usage import Usage
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.files import whole
+from ctxprune.pruner.finite import check_numbers
 
 # Of Python, numpy, torch, and the choice of few-shot examples: lm-eval's own.
 SEEDS = (0, 1234, 1234, 1234)
@@ -64,6 +66,7 @@ class PrunedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         batch_size: int | str = 1,
         dense: bool = False,
     ) -> None:
+        pad(tokenizer)  # lm-eval would add a token that the model has no embedding for
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.usage = Usage()
         self._dense = dense
@@ -98,6 +101,7 @@ class PrunedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         if self._dense:
             dense: list[tuple[float, bool]]
             dense = super()._loglikelihood_tokens(requests, True, override_bs)
+            check_numbers(torch.tensor([total for total, _ in dense]), "the model's predictions")
             return dense
         pairs = [(context, continuation) for _, context, continuation in requests]
         found = likelihoods(self.model, pairs, self.batch_size, self.max_length)

@@ -18,6 +18,9 @@ from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 
+# Nats a token whose exponential is still a number.
+MOST = 700.0
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -56,7 +59,7 @@ def perplexity(
         prompt: tokens of each window that are read and not scored.
 
     Raises:
-        CtxpruneError: if there is no token to predict.
+        CtxpruneError: if there is no token to predict, or a loss is no number or beyond `MOST`.
     """
     count, length = windows.shape
     if count == 0 or length <= prompt:
@@ -71,6 +74,12 @@ def perplexity(
                 nll = cross_entropy(predicted.float(), said, reduction="none")
                 # in double precision: a float32 sum drifts with the number of tokens
                 losses.append(nll.double().mean().item())
+                if not losses[-1] <= MOST:
+                    raise CtxpruneError(
+                        f"the loss on window {len(losses)} is {losses[-1]:g} nats a token, so "
+                        "there is no perplexity",
+                        "its numbers overflow: give `--dtype float32`, or tune the model again",
+                    )
     return Perplexity(
         math.exp(math.fsum(losses) / count),
         count * (length - prompt),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
+from ctxprune.pruner.finite import check_numbers
 
 # Tokens a pass at most, unless one text has more: logits of all of them can be in memory.
 PASS = 8192
@@ -37,6 +38,9 @@ def last_logits(
 
     Returns:
         A (tokens, vocabulary) tensor a text, in the model's dtype.
+
+    Raises:
+        CtxpruneError: the model gives no numbers.
     """
     lengths = [len(text) for text in texts]
     prompts = [length - answer for length, answer in zip(lengths, answers, strict=True)]
@@ -51,6 +55,7 @@ def last_logits(
             use_cache=False,
             logits_to_keep=ids.shape[1] - first,
         ).logits
+    check_numbers(logits, "the model's predictions")
     ends = zip(logits, prompts, lengths, strict=True)
     return [of_text[start - first : end - first] for of_text, start, end in ends]
 

@@ -27,7 +27,11 @@ DENSE = "dense"
 # Policies whose papers evict at the end of a prompt that was read whole.
 OWN_LATE = ("h2o", "knorm", "snapkv", "tova")
 # Tasks that are made of the text of the evaluation: on another text they are other tasks.
-OF_TEXT = ("fidelity", "retrieval", "last_word")
+OF_TEXT = (
+    "fidelity",
+    *("retrieval", "multi_key", "multi_value", "variable_tracking", "counting"),
+    *("conversation", "last_word"),
+)
 
 
 Of = TypeVar("Of", bound=Results)
@@ -72,7 +76,7 @@ class Point:
         figures: metrics and their errors by name: `perplexity`, or what a task gives.
         not_finite: what metrics were that are no figures.
         run: the number of the run that measured it, the first one if several agree.
-        chance: the accuracy of guessing. cells: of retrieval.
+        chance: the accuracy of guessing. cells: of a long-context task.
     """
 
     subject: Subject

@@ -29,8 +29,8 @@ def _scores(results: Evaluation) -> Iterator[EvalResult]:
     text = PureWindowsPath(results.text).name or "a text"
     for level in results.levels:
         said = f"{results.policy} at sparsity {level.sparsity_requested:g}"
-        measured: dict[str, Level | Scores] = {text: level, **level.tasks}
-        for task, scores in measured.items():
+        measured: list[tuple[str, Level | Scores]] = [(text, level), *level.tasks.items()]
+        for task, scores in measured:
             for metric in metrics_of(scores):
                 if metric in scores.figures:
                     yield EvalResult(

@@ -25,6 +25,7 @@ from ctxprune.evals.results import (
     is_error,
 )
 from ctxprune.pruner import words
+from ctxprune.pruner.files import whole
 
 Results = Sequence[Evaluation]
 
@@ -51,7 +52,7 @@ class Measured(Protocol):
 def markdown(results: Results) -> str:
     """A table of perplexities with a row per model, policy and level, and what was measured.
 
-    Tables of all metrics of tasks, and of the cells of retrieval and the like, follow.
+    Tables of all metrics of tasks, and of the cells of each long-context task, follow.
     """
     parts = [markdown_table(_texts(results)), _note(results)]
     for table in (_tasks(results), *_cells(results)):
@@ -104,7 +105,8 @@ def plot(results: Results, path: Path) -> None:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-        figure.savefig(path)
+        with whole(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def _label(result: Evaluation, results: Results) -> str:

@@ -73,10 +73,17 @@ def bench(
         figure has no meaning or the platform cannot tell it.
 
     Raises:
-        CtxpruneError: for bad input.
+        CtxpruneError: for bad input, or a state that another process writes.
+        Interrupted: after Ctrl-C or SIGTERM; what was measured is kept in the state.
     """
-    say = on_event or (lambda line: None)
-    finished, keys, rows = Finished(state), [], []
+    with Finished.opened(state) as finished:
+        return _bench(folder, config, finished, on_event or (lambda line: None))
+
+
+def _bench(
+    folder: Path | None, config: BenchConfig, finished: Finished, say: Say
+) -> dict[str, Any]:
+    keys, rows = [], []
     for dtype in config.dtype:
         about, found = _measure(folder, config, dtype, finished, say)
         for key, some in found.items():

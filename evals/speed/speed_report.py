@@ -27,6 +27,7 @@ from ctxprune.evals.results import (
     Spread,
 )
 from ctxprune.pruner import words
+from ctxprune.pruner.files import whole
 from ctxprune.pruner.savings import MEANING, share_left
 
 # What a panel shows: unit, key of a row, factor.
@@ -108,7 +109,8 @@ def plot(results: Benchmark, path: Path) -> None:
             words.line(note(results)), 150
         )  # matplotlib's wrapping knows formulas
         figure.suptitle(title, fontsize="small")
-        figure.savefig(path, format="png")
+        with whole(path) as temporary:
+            figure.savefig(temporary, format="png")
 
 
 def _draw(

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ctxprune.pruner.checkpoints.checkpoint import (
+    architecture,
     check_folder,
     load_off,
     load_tokenizer,
@@ -28,7 +29,8 @@ from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import check_type
 from ctxprune.pruner.device import Place
 from ctxprune.pruner.engine.handle import attach, handle_of, new_gates
-from ctxprune.pruner.errors import CtxpruneError, choose, first_line
+from ctxprune.pruner.errors import CtxpruneError, choose, translated
+from ctxprune.pruner.untrusted import check_config, read_object
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def from_architecture(name: str, positions: int, where: Place, *, seed: int) -> 
     config, enlarged = _configuration(name, positions)
     torch.manual_seed(seed)
     kind: Any = check_type(config)
-    model = kind.from_config(config, dtype=where.dtype or config.dtype or torch.get_default_dtype())
+    dtype = where.dtype or config.dtype or torch.get_default_dtype()
+    with translated(f"no model can be made of `{name}`"):
+        model = kind.from_config(config, dtype=dtype)
     model.to(where.device).eval()
     gates = new_gates(model, PruneConfig(), seed)
     # Not tuned, but calibrated evenly: the rows and the cost of a gate that was.
@@ -90,13 +94,11 @@ def _configuration(name: str, positions: int) -> tuple[PretrainedConfig, bool]:
         if enlarged:
             text.max_position_embeddings = positions
         return config, enlarged
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise CtxpruneError(
-            f"`{name}` is no architecture: {first_line(error)}",
-            "give a config.json, a folder with one, or a model type",
-        ) from error
+    if path.is_dir():
+        return architecture(path)[1], False
+    check_config(read_object(path), path)
+    with translated(f"`{name}` is no architecture"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     check_type(config)
     return config, False
 

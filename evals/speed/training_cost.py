@@ -1,7 +1,5 @@
 """What a step of tuning costs beside a step of dense fine-tuning of the same weights."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from functools import partial

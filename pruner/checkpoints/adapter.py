@@ -38,7 +38,9 @@ from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.decoder import decoder_of
 from ctxprune.pruner.engine.handle import new_gates
 from ctxprune.pruner.errors import CtxpruneError, first_line
+from ctxprune.pruner.finite import check_finite
 from ctxprune.pruner.parsing import json_of
+from ctxprune.pruner.untrusted import check_file
 
 FILE = "adapter.ctxprune"
 SUFFIX = ".ctxprune"
@@ -164,8 +166,9 @@ def read(path: Path) -> Adapter:
     """Read an adapter file.
 
     Raises:
-        CtxpruneError: there is none, or it is something else.
+        CtxpruneError: there is none, it is something else, or it holds NaN or infinity.
     """
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             said = (file.metadata() or {})["ctxprune"]
@@ -180,6 +183,7 @@ def read(path: Path) -> Adapter:
     ranks = {matrix.shape[0] for name, matrix in lora.items() if "lora_A" in name} or {0}
     if ranks != {about.lora_rank}:
         raise CtxpruneError(f"{source}: lora_rank must be the rank of its matrices, {max(ranks)}")
+    check_finite(tensors.items(), str(path))
     return Adapter(about, lora, _part(tensors, GATES), str(path))
 
 

@@ -88,5 +88,7 @@ def _read(model: PreTrainedModel, ids: Tensor, cache: Cache | None = None) -> Te
 def _error(found: Tensor, expected: Tensor) -> float:
     """What SHARE of the tokens do not exceed: the root of the mean square, as above."""
     found, expected = found.double(), expected.double()
-    errors = (found - expected).square().mean(dim=-1).sqrt() / expected.std(dim=-1)
+    # A token of a padded vocabulary may have no embedding, and then no logits but 0.
+    spread = expected.std(dim=-1).clamp_min(torch.finfo(torch.float64).tiny)
+    errors = (found - expected).square().mean(dim=-1).sqrt() / spread
     return float(errors.quantile(SHARE))

@@ -1,22 +1,17 @@
 """Model folders: a plain Hugging Face folder + `ctxprune.json` + `ctxprune.safetensors`.
 
 `interop` tells what else is in them, for other tools.
-
-Folders are written under a temporary name and renamed, so that none is ever half there.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import errno
 import json
-import os
-import shutil
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -24,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -41,67 +36,23 @@ from ctxprune.pruner.checkpoints.settings import FolderSettings, Provenance
 from ctxprune.pruner.config import PruneConfig, check_sparsity
 from ctxprune.pruner.decoder import check_type, decoder_of
 from ctxprune.pruner.device import AUTO, DeviceMap, Place, place
+from ctxprune.pruner.engine.handle import GATES as MODULES
 from ctxprune.pruner.engine.handle import attach, handle_of, new_gates
-from ctxprune.pruner.errors import CtxpruneError, first_line
-from ctxprune.pruner.files import unlock
+from ctxprune.pruner.errors import CtxpruneError, first_line, translated
+from ctxprune.pruner.files import check_name, recover, unlock
+from ctxprune.pruner.finite import check_finite
 from ctxprune.pruner.gate import Gate
 from ctxprune.pruner.parsing import contents, json_of
+from ctxprune.pruner.untrusted import CONFIG, check_file, check_model_folder, read_object
 
 SETTINGS = "ctxprune.json"
 GATES = "ctxprune.safetensors"
 # What safetensors calls the dtypes that models mostly have.
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 OWN = (SETTINGS, GATES)
-
-
-@contextmanager
-def staged(out: Path, *, force: bool) -> Iterator[Path]:
-    """Give a temporary folder that becomes `out` if all goes well, and vanishes if not.
-
-    Raises:
-        CtxpruneError: `out` exists and force is not set, or the disk is full.
-    """
-    refuse_existing(out, force=force)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        unlock(path for path in temporary.rglob("*") if path.is_file())
-        if out.exists():
-            old = out.parent / f".{out.name}.{os.getpid()}.old"
-            out.rename(old)
-            temporary.rename(out)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(out)
-    except (OSError, SafetensorError) as error:
-        if is_disk_full(error):
-            raise CtxpruneError(
-                f"no space left to write `{out}`", "free some, or choose another `--out`"
-            ) from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
-            raise CtxpruneError(f"`{out}` cannot be written: {error.strerror}") from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def refuse_existing(out: Path, *, force: bool) -> None:
-    """Raise CtxpruneError if `out` exists, unless `force` and it is a folder."""
-    if out.exists() and not out.is_dir():
-        raise CtxpruneError(f"`{out}` is a file, not a folder", "choose another `--out`")
-    if out.exists() and any(out.iterdir()) and not force:
-        raise CtxpruneError(
-            f"`{out}` exists already", "choose another `--out`, or replace it with `--force`"
-        )
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error of the system or of safetensors says that no space is left."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or (isinstance(error, SafetensorError) and "os error 28" in str(error))
+# Tied weights are stored once, and count once; so no model has so many times what its files hold.
+TOO_MANY = 4
+DAMAGED = "the files are damaged or incomplete; fetch or convert them again"
 
 
 def read_settings(folder: str | Path) -> FolderSettings:
@@ -111,6 +62,8 @@ def read_settings(folder: str | Path) -> FolderSettings:
         CtxpruneError: no such folder, one that was not converted, or something else in the file.
     """
     folder = Path(folder)
+    recover(folder)
+    check_name(folder)
     if not folder.is_dir():
         raise CtxpruneError(
             f"there is no folder `{folder}`", "make one with `ctxprune convert MODEL --out DIR`"
@@ -143,11 +96,17 @@ def write(
     tokenizer: PreTrainedTokenizerBase | None,
     provenance: Provenance,
 ) -> None:
-    """Write a model folder in place (use inside `staged`)."""
+    """Write a model folder in place (use inside `files.staged`)."""
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     complete(folder, model, gates, config, provenance)
+
+
+def size(model: nn.Module) -> int:
+    """Bytes that the weights of a model take in a folder, without its gates."""
+    weights = (each for name, each in model.named_parameters() if f"{MODULES}." not in name)
+    return sum(each.numel() * each.element_size() for each in weights)
 
 
 def complete(
@@ -230,8 +189,15 @@ def load_off(
     if on_event is not None:
         on_event(f"loading the model: {where}")
     model = load_dense(Path(folder), where)
+    if not allows_non_finite(folder):
+        check_finite(model.state_dict().items(), str(folder))
     attach_gates(Path(folder), model)
     return model
+
+
+def allows_non_finite(folder: str | Path) -> bool:
+    """Whether a converted folder may have NaN and infinity in the weights of its model."""
+    return read_settings(folder).provenance.get("non_finite", False)
 
 
 def sketch(folder: str | Path) -> PreTrainedModel:
@@ -241,20 +207,55 @@ def sketch(folder: str | Path) -> PreTrainedModel:
         CtxpruneError: not a converted folder, or of a model that is not understood.
     """
     config = read_config(folder)
-    try:
-        about = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CtxpruneError(
-            f"the config.json in `{folder}` cannot be read: {first_line(error)}",
-            "fetch it or convert it again",
-        ) from error
-    kind: Any = check_type(about)
+    kind, about = architecture(folder)
+    with translated(f"no model can be made from the {CONFIG} in `{folder}`", DAMAGED):
+        model = _without_numbers(kind, about)
+    _check_size(model, Path(folder))
     with torch.device("meta"):
-        model: PreTrainedModel = kind.from_config(about)
         gates = new_gates(model, config)
     config.check_layers(len(gates), f"`{Path(folder) / SETTINGS}`")
     attach(model, gates, config)
     return model
+
+
+def architecture(source: str | Path, **options: Any) -> tuple[Any, PreTrainedConfig]:
+    """The class that loads a model, and its configuration; no weights are read.
+
+    Args:
+        source: a folder, or what else transformers takes; options: as of `from_pretrained`. Code
+            of the folder runs where they say `trust_remote_code`, and nobody is asked.
+
+    Raises:
+        CtxpruneError: a damaged configuration in a folder, or one of a model that writes no text.
+    """
+    reading: AbstractContextManager[None] = nullcontext()
+    if Path(source).is_dir() and "gguf_file" not in options:
+        check_model_folder(Path(source))
+        reading = translated(f"`{source}` is not a model that transformers knows")
+    with reading:
+        config = AutoConfig.from_pretrained(source, **{"trust_remote_code": False, **options})
+    return check_type(config), config
+
+
+def _without_numbers(kind: Any, about: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = kind.from_config(about)
+    return model
+
+
+def _check_size(model: PreTrainedModel, folder: Path) -> None:
+    """Raise CtxpruneError where a configuration asks for far more numbers than the files hold.
+
+    transformers would fill memory with random ones before it says that some are missing.
+    """
+    asked = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(count for file in weights_of(folder) for _, count in _shapes(file))
+    if asked > TOO_MANY * held:
+        raise CtxpruneError(
+            f"the {CONFIG} in `{folder}` speaks of {asked:,} parameters, and its files hold "
+            f"{held:,}",
+            "the files do not belong together; fetch them again",
+        )
 
 
 def attach_gates(folder: Path, model: PreTrainedModel) -> None:
@@ -264,57 +265,71 @@ def attach_gates(folder: Path, model: PreTrainedModel) -> None:
         CtxpruneError: as `load`.
     """
     config = read_config(folder)
-    gates = _load_gates(folder, model, config)
+    gates = load_gates(folder, model, config)
     config.check_layers(len(gates), f"`{folder / SETTINGS}`")
     attach(model, gates, config)
     model.eval()
 
 
-def load_dense(folder: Path, where: Place) -> PreTrainedModel:
+def load_dense(folder: Path, where: Place, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The folder's transformers model, from safetensors alone.
+
+    Args:
+        trust_remote_code: let the folder run its own code.
 
     Raises:
         CtxpruneError: weights missing, damaged, or only there as a pickle; too large for a device.
     """
+    kind, about = architecture(folder, trust_remote_code=trust_remote_code)
     check_weights(folder)
-    options: dict[str, Any] = {"dtype": where.dtype or AUTO, "trust_remote_code": False}
+    options: dict[str, Any] = {
+        "dtype": where.dtype or AUTO,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
     with ExitStack() as stack:
         if where.parts is not None:
             # What fits into no memory is read from files of its own, pass by pass.
             kept = stack.enter_context(TemporaryDirectory(prefix="ctxprune-"))
             options |= {"device_map": where.parts, "offload_folder": kept}
+        quantized = check_quantization(about, str(folder))
+        stack.enter_context(translated(f"the weights in `{folder}` cannot be read", DAMAGED))
+        if not quantized:
+            _check_size(_without_numbers(kind, about), folder)
+            options["ignore_mismatched_sizes"] = True  # told below, with names
         try:
-            about = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            kind: Any = check_type(about)
-            quantized = check_quantization(about, str(folder))
-            loaded: Any = kind.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, **options
-            )
+            model, report = kind.from_pretrained(folder, **options)
         except ImportError as error:
             raise CtxpruneError(
                 f"`{folder}` needs a library that is not installed: {first_line(error)}"
             ) from error
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise CtxpruneError(
-                f"the weights in `{folder}` cannot be read: {first_line(error)}",
-                "the files are damaged or incomplete; fetch or convert them again",
-            ) from error
-        model, report = loaded
         if where.parts is not None:
             # They are needed for as long as the model is.
             weakref.finalize(model, stack.pop_all().close)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise CtxpruneError(
-            f"the weights in `{folder}` lack `{missing[0]}` and {len(missing) - 1} more",
-            "the files do not belong to this config.json; fetch them again",
-        )
+    _check_report(report, folder)
     assert isinstance(model, PreTrainedModel)
     if quantized:
         settle_quantization(model)
     if where.parts is None and not getattr(model, "is_quantized", False):
         model.to(where.device)  # type: ignore[arg-type]
     return model
+
+
+def _check_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Raise CtxpruneError where transformers did not find what a model consists of."""
+    for name, found, asked in sorted(report["mismatched_keys"]):
+        raise CtxpruneError(
+            f"`{name}` in `{folder}` has the shape {tuple(found)}, and its {CONFIG} asks for "
+            f"{tuple(asked)}",
+            "the files do not belong together; fetch them again",
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CtxpruneError(
+            f"the weights in `{folder}` lack `{missing[0]}` and {len(missing) - 1} more",
+            f"the files do not belong to this {CONFIG}; fetch them again",
+        )
 
 
 def check_quantization(config: PreTrainedConfig, source: str) -> bool:
@@ -362,10 +377,14 @@ def settle_quantization(model: PreTrainedModel) -> None:
     object.__setattr__(model, "_weight_conversions", None)
 
 
+def weights_of(folder: Path) -> list[Path]:
+    """The files with the weights of a folder's model, those of the gates left out."""
+    return [file for file in sorted(folder.glob("*.safetensors")) if file.name != GATES]
+
+
 def check_weights(folder: Path) -> None:
     """Raise CtxpruneError unless a folder holds whole safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    weights = [file for file in files if file.name != GATES]
+    weights = weights_of(folder)
     if not weights:
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         if pickles:
@@ -377,25 +396,24 @@ def check_weights(folder: Path) -> None:
         raise CtxpruneError(f"`{folder}` has no weights (*.safetensors)")
     _check_shards(folder)
     for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CtxpruneError(
-                f"`{file}` is damaged: {first_line(error)}", "fetch or convert it again"
-            ) from error
+        _shapes(file)
 
 
 def _check_shards(folder: Path) -> None:
     """Raise CtxpruneError unless all files are there that an index of weights names."""
     index = folder / interop.INDEX
-    if not index.is_file():
+    if not (index.exists() or index.is_symlink()):
         return
-    try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CtxpruneError(f"`{index}` is damaged", "fetch it again") from error
-    missing = sorted(name for name in named if not (folder / name).is_file())
+    named = read_object(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise CtxpruneError(f"`{index}` is damaged", "fetch it again")
+    files = sorted(set(named.values()))
+    for name in files:
+        if Path(name).name != name:
+            raise CtxpruneError(
+                f"`{index}` names `{name}`, which is outside its folder", "fetch it again"
+            )
+    missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CtxpruneError(
@@ -403,29 +421,56 @@ def _check_shards(folder: Path) -> None:
         )
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: str | Path, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder.
 
     Raises:
-        CtxpruneError: there is none, or it knows no tokens.
+        CtxpruneError: there is none, it is damaged, or it knows no tokens, or more than its model.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CtxpruneError(f"`{folder}` has no tokenizer: {first_line(error)}") from error
-    if len(tokenizer) < 2:
+    config = check_model_folder(Path(folder))
+    with translated(f"`{folder}` has no tokenizer that can be read"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+        count = len(tokenizer)
+    if count < 2:
         raise CtxpruneError(f"the tokenizer in `{folder}` is empty")
-    loaded: PreTrainedTokenizerBase = tokenizer
-    return loaded
+    text = config.get("text_config")
+    rows = (text if isinstance(text, dict) else config).get("vocab_size")
+    if isinstance(rows, int):
+        check_vocabulary(tokenizer, rows, str(folder))
+    return tokenizer
 
 
-def _load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn.ModuleList:
-    try:
-        tensors = load_file(folder / GATES)
-    except (SafetensorError, OSError) as error:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, source: str) -> None:
+    """Raise CtxpruneError if a tokenizer makes ids that its model has no embedding for.
+
+    Special tokens that no text holds are left out, but for those that texts are ended or padded
+    by: Gemma 3 of one billion parameters has a token for images and no row for it.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special -= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    beyond = [i for i in tokenizer.get_vocab().values() if i >= rows and i not in special]
+    if beyond:
         raise CtxpruneError(
-            f"`{folder / GATES}` is missing or damaged: {first_line(error)}", "convert again"
-        ) from error
+            f"the tokenizer of `{source}` has ids up to {max(beyond)}, and its model {rows} "
+            "embeddings",
+            "they do not belong together; or resize the model: `model.resize_token_embeddings(N)`",
+        )
+
+
+def load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn.ModuleList:
+    """The gates in a folder, on the CPU.
+
+    Raises:
+        CtxpruneError: missing, damaged, or not those of the model.
+    """
+    file = folder / GATES
+    check_file(file)
+    with translated(f"`{file}` is damaged", "convert again"):
+        tensors = load_file(file)
     decoder = decoder_of(model)
     layers, width = len(decoder.gated), decoder.width
     with torch.device("meta"):
@@ -437,6 +482,7 @@ def _load_gates(folder: Path, model: PreTrainedModel, config: PruneConfig) -> nn
             f"rank {config.rank} are needed",
             "convert the model again",
         )
+    check_finite(tensors.items(), str(file))
     gates = nn.ModuleList(Gate(width, config.rank) for _ in range(layers))
     gates.load_state_dict(tensors)
     return gates
@@ -449,29 +495,21 @@ def describe(folder: str | Path) -> dict[str, Any]:
         CtxpruneError: it was not converted, or is damaged.
     """
     settings = read_settings(folder)
+    raw = check_model_folder(Path(folder))
     check_weights(Path(folder))
-    try:
-        raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        kind = raw["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CtxpruneError(
-            f"the config.json in `{folder}` cannot be read: {first_line(error)}",
-            "fetch it or convert it again",
-        ) from error
-    files = [file for file in Path(folder).glob("*.safetensors") if file.name != GATES]
-    weights = [shape for file in files for shape in _shapes(file)]
+    weights = [shape for file in weights_of(Path(folder)) for shape in _shapes(file)]
     dtypes = Counter[str]()
     for dtype, count in weights:
         dtypes[dtype] += count
     return {
         "folder": str(folder),
-        "model_type": kind,
+        "model_type": raw["model_type"],
         "architecture": next(iter(raw.get("architectures") or ["unknown"])),
         "layers": settings.layers,
         "parameters": sum(count for _, count in weights),
         "parameters_added": sum(count for _, count in _shapes(Path(folder) / GATES)),
         "dtype": dtypes.most_common(1)[0][0] if dtypes else None,
-        "disk_bytes": sum(file.stat().st_size for file in Path(folder).iterdir()),
+        "disk_bytes": sum(f.stat().st_size for f in Path(folder).iterdir() if f.is_file()),
         "policy": "gate",
         "tuned_sparsity": settings.config.tuned,
         "config": dataclasses.asdict(settings.config),
@@ -486,11 +524,10 @@ def _shapes(file: Path) -> list[tuple[str, int]]:
     Raises:
         CtxpruneError: the file is missing or damaged.
     """
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118
-            return [(DTYPES.get(s.get_dtype(), s.get_dtype()), prod(s.get_shape())) for s in slices]
-    except (SafetensorError, OSError) as error:
-        raise CtxpruneError(
-            f"`{file}` is missing or damaged: {first_line(error)}", "fetch or convert it again"
-        ) from error
+    check_file(file)
+    with (
+        translated(f"`{file}` is damaged", "fetch or convert it again"),
+        safe_open(file, framework="pt") as tensors,
+    ):
+        slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118
+        return [(DTYPES.get(s.get_dtype(), s.get_dtype()), prod(s.get_shape())) for s in slices]

@@ -12,6 +12,7 @@ from ctxprune.pruner.checkpoints import adapter, checkpoint, hub
 from ctxprune.pruner.checkpoints.card import model_card
 from ctxprune.pruner.device import AUTO, stored
 from ctxprune.pruner.engine.handle import handle_of
+from ctxprune.pruner.files import check_room, claimed, refuse_existing, staged
 
 
 def export(
@@ -38,13 +39,31 @@ def export(
     """
     if repository is not None:
         hub.check_name(repository)
+    with claimed(out):
+        refuse_existing(out, force=force)
+        _export(folder, out, force, scores, measured, dtype, repository)
+    if repository is not None:
+        hub.push(out, repository)
+    return out
+
+
+def _export(
+    folder: Path,
+    out: Path,
+    force: bool,
+    scores: Sequence[EvalResult],
+    measured: str,
+    dtype: str,
+    repository: str | None,
+) -> None:
     about = checkpoint.describe(folder)
     model = checkpoint.load_off(folder, stored(dtype))
     if dtype != AUTO:
         adapter.check_plain(model)
+    check_room(out, checkpoint.size(model))
     handle = handle_of(model)
     tokenizer = checkpoint.load_tokenizer(folder)
-    with checkpoint.staged(out, force=force) as target:
+    with staged(out, force=force) as target:
         checkpoint.write(target, model, handle.gates, handle.config, tokenizer, about["provenance"])
         if (folder / adapter.FILE).is_file():
             shutil.copy(folder / adapter.FILE, target)
@@ -58,6 +77,3 @@ def export(
             measured=measured,
         )
         card.save(target / "README.md")
-    if repository is not None:
-        hub.push(out, repository)
-    return out

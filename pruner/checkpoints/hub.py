@@ -9,6 +9,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ctxprune.pruner.errors import CtxpruneError, first_line
+from ctxprune.pruner.files import recover
 
 # What the hub's library raises where a name, the network or the hub is at fault.
 FAULTS = (OSError, ValueError, HTTPError)
@@ -24,6 +25,7 @@ def fetched(source: str | Path) -> Path:
         CtxpruneError: the repository is not there, or the hub cannot be reached.
     """
     name, folder = str(source), Path(source)
+    recover(folder)
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         return folder
     try:

@@ -1,7 +1,5 @@
 """What `ctxprune.json` of a model folder and the metadata of an adapter say, in types."""
 
-from __future__ import annotations
-
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -25,6 +23,7 @@ class Provenance(TypedDict, total=False):
         tune: the last run. earlier: those before it.
         gates_of: the run that the gates are of, without its LoRA.
         averaged_with: whose weights are in the mean.
+        non_finite: the weights hold NaN or infinity, as somebody asked for.
     """
 
     base: str
@@ -32,7 +31,8 @@ class Provenance(TypedDict, total=False):
     tune: Run
     earlier: list[Run]
     gates_of: Run | None
-    averaged_with: list[Provenance]
+    averaged_with: list["Provenance"]
+    non_finite: bool
 
 
 Config = Annotated[

@@ -54,6 +54,7 @@ def static_step(
     sight: Sight | None,
     place: Tensor,
     stop: int | None,
+    members: Tensor | None = None,
 ) -> Tensor:
     """The same by counts on the device: nothing of it depends on a number of the host.
 
@@ -61,14 +62,15 @@ def static_step(
         place: (2, b) int64, the slot of each sequence's new row and of its waiting query; the last
             slot of both is for a sequence without a token.
         stop: slots to look at; None: all of them, so that shapes never change.
+        members: (b,) int64, the sequences of the page that these are; None: all.
     """
     with span("eviction"):
-        page.write(new, place[0, :, None], place[1, :, None])
+        page.write(new, place[0, :, None], place[1, :, None], members)
     with span("attention"):
-        key, value = page.rows(stop)
+        key, value = page.rows(stop, members)
         visible = torch.arange(key.shape[2], device=key.device) <= place[0, :, None, None]
         if sight is not None:
-            visible = visible & in_sight(page, new, sight, stop)
+            visible = visible & in_sight(page, new, sight, stop, members)
         return attention(query, key, value, visible, logits)
 
 
@@ -83,10 +85,15 @@ def attention(
     return weighted(softmax_weights(query, key, mask, logits), value, query)
 
 
-def in_sight(page: Page, new: New, sight: Sight, stop: int | None) -> Tensor:
+def in_sight(
+    page: Page, new: New, sight: Sight, stop: int | None, members: Tensor | None = None
+) -> Tensor:
     """(b, q, r) bool: what new tokens may see of the first `stop` slots, by their positions."""
     assert new.position is not None
-    return sight.sees(new.position[:, :, None], page.position[:, None, :stop])
+    position = page.position[:, :stop]
+    if members is not None:
+        position = position.index_select(0, members)
+    return sight.sees(new.position[:, :, None], position[:, None])
 
 
 def grouped_sdpa(

@@ -33,6 +33,8 @@ Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Slots are added by this share at a time where the rows have no limit.
 GROWTH = 1 / 8
+# Bytes at whose multiples a tensor begins in memory that is given.
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,31 @@ class Page:
         self.used = [0] * batch
         self.settled = [0] * batch
 
+    @classmethod
+    def over(cls, like: Page, memory: Tensor) -> Page:
+        """A page for many sequences, shaped like that of one, which lies in memory that is given.
+
+        Args:
+            like: may be without data. memory: (sequences, like.aligned_nbytes) int8, zero, without
+                gaps. Each tensor takes a part of it for all sequences.
+        """
+        page, count, parts = copy.copy(like), len(memory), memory.view(-1)
+        page.vectors = dict(like.vectors)
+        for name, (tensor, _) in like._tensors().items():
+            part, parts = parts[: count * tensor.nbytes], parts[count * _aligned(tensor) :]
+            page._set(name, part.view(tensor.dtype).view(count, *tensor.shape[1:]))
+        page.used, page.settled = [0] * count, [0] * count
+        return page
+
+    def alone(self, sequence: int, used: int, settled: int) -> Page:
+        """A page of one of the sequences, in the same memory, with so many rows."""
+        page = copy.copy(self)
+        page.vectors = dict(self.vectors)
+        for name, (tensor, _) in self._tensors().items():
+            page._set(name, tensor.narrow(0, sequence, 1))
+        page.used, page.settled = [used], [settled]
+        return page
+
     @property
     def slots(self) -> int:
         """Rows that a sequence may hold."""
@@ -133,30 +160,40 @@ class Page:
         return sum(tensor.nbytes for tensor, _ in self._tensors().values())
 
     @property
+    def aligned_nbytes(self) -> int:
+        """Bytes of memory that `over` takes for each sequence, for a page of one like this."""
+        return sum(_aligned(tensor) for tensor, _ in self._tensors().values())
+
+    @property
     def row_nbytes(self) -> int:
         """Bytes of one token's key and value, or latents: what a dense cache holds of it."""
         pair = (self.key, self.value)
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in pair)
 
-    def write(self, new: New, slot: int | Tensor, wait: int | Tensor) -> None:
+    def write(
+        self, new: New, slot: int | Tensor, wait: int | Tensor, members: Tensor | None = None
+    ) -> None:
         """Put new tokens into their slots.
 
         Args:
             slot, wait: where the first one goes among the rows and the waiting queries; or
                 (b, n) int64 where each goes, the last slot being that of no token.
+            members: (b,) int64, the sequences that they are of; None: all.
         """
-        _put(self.key, new.key, slot)
-        _put(self.value, new.value, slot)
+        _put(self.key, new.key, slot, members)
+        _put(self.value, new.value, slot, members)
         if new.position is not None:
-            _put(self.position[:, None, :, None], new.position[:, None, :, None], slot)
+            _put(self.position[:, None, :, None], new.position[:, None, :, None], slot, members)
         if self.query is not None and new.query is not None:
-            _put(self.query, new.query, wait)
+            _put(self.query, new.query, wait, members)
         if self.features is not None and new.features is not None:
-            _put(self.features, new.features[:, None], wait)
+            _put(self.features, new.features[:, None], wait, members)
 
-    def rows(self, stop: int | None) -> tuple[Tensor, Tensor]:
-        """Keys and values (b, h_kv, stop, d) of the first slots, or of all."""
+    def rows(self, stop: int | None, members: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, h_kv, stop, d) of the first slots, or of all; copies of `members`."""
         pair = self.key[:, :, :stop], self.value[:, :, :stop]
+        if members is not None:
+            pair = pair[0].index_select(0, members), pair[1].index_select(0, members)
         return pair if self._expand is None else self._expand(*pair)
 
     def held(self, members: Tensor | None, stop: int) -> Held:
@@ -218,8 +255,8 @@ class Page:
         twin.query = twin.features = None
         twin.vectors = dict(self.vectors)
         twin.resize(used + new.key.shape[2])
-        _put(twin.key, new.key, used)
-        _put(twin.value, new.value, used)
+        _put(twin.key, new.key, used, None)
+        _put(twin.value, new.value, used, None)
         return twin
 
     def keep(self, members: Tensor | None, kept: Tensor, source: Page | None = None) -> None:
@@ -406,10 +443,17 @@ def _slots(like: Tensor, slots: int) -> Tensor:
     return like.new_zeros((*like.shape[:2], slots, like.shape[3]))
 
 
-def _put(target: Tensor, new: Tensor, at: int | Tensor) -> None:
-    """Write (b, heads, n, d) into slots of (b, heads, r, d)."""
+def _aligned(tensor: Tensor) -> int:
+    """Its bytes, as many more as the next tensor needs to begin at a multiple of `ALIGNMENT`."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _put(target: Tensor, new: Tensor, at: int | Tensor, members: Tensor | None) -> None:
+    """Write (b, heads, n, d) into slots of (b, heads, r, d), or of some of its sequences."""
     if isinstance(at, int):
         target[:, :, at : at + new.shape[2]] = new
+    elif members is not None:
+        target[members[:, None], :, at] = new.transpose(1, 2)
     else:
         target.scatter_(2, at[:, None, :, None].expand_as(new), new)
 

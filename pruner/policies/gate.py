@@ -46,7 +46,7 @@ class GatePolicy(Policy):
         assert queries.features is not None
         queries.put("interaction_key", queries.features.chunk(2, dim=-1)[1])
         if self.watches:
-            queries.put("size", value_size(queries.own(held.value)).to(held.numbers.dtype))
+            queries.put("size", self.size(queries).to(held.numbers.dtype))
 
     def score(self, layer: int, held: Held, queries: Queries) -> Tensor:
         """(s, r): margin and bonus, +inf for attention sinks."""
@@ -63,9 +63,17 @@ class GatePolicy(Policy):
         score: Tensor = margin.copy_(torch.minimum(margin, least))
         if self.watches:
             received, size = held.columns["received"], held.columns["size"]
-            received += queries.received
+            received += self.received(queries)
             score = score + self.config.attention_bonus * log_used(received, size)
         return score.masked_fill(held.position < self.config.protect_first, torch.inf)
+
+    def received(self, queries: Queries) -> Tensor:
+        """(s, r): the attention that each row got, the sum over heads."""
+        return queries.received
+
+    def size(self, queries: Queries) -> Tensor:
+        """(s, q): the norms of their own values, the mean over heads."""
+        return value_size(queries.own(queries.held.value))
 
 
 def make(request: Request) -> GatePolicy:

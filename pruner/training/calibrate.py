@@ -34,6 +34,7 @@ from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
+from ctxprune.pruner.finite import check_numbers
 from ctxprune.pruner.rows import ceiling
 from ctxprune.pruner.training.divergence import Reference, passes
 
@@ -64,6 +65,9 @@ def calibrate(
     Args:
         model: with a `Handle`. windows: (count, context) int64, held out.
         on_pass: told how many passes over the model are done, and of how many.
+
+    Raises:
+        CtxpruneError: the model or its gates give no numbers.
     """
     handle = handle_of(model)
     context = windows.shape[1]
@@ -169,7 +173,9 @@ def _scores(
     with handle.running(soft):
         model(window[None].to(input_device(model)), use_cache=False, logits_to_keep=1)
     some = [soft.scores[layer].cpu()[(0, *pairs)] for layer in sorted(soft.scores)]
-    return torch.stack(some).add_(threshold)
+    scores = torch.stack(some).add_(threshold)
+    check_numbers(scores, "the scores of the gates on held-out text")
+    return scores
 
 
 def _sample(context: int, count: int) -> tuple[Tensor, Tensor]:

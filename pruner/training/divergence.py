@@ -14,6 +14,7 @@ from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.engine.modes import Evict, Mode, Off
+from ctxprune.pruner.finite import check_numbers
 
 # Tokens a pass, at least one window.
 PASS = 1024
@@ -72,6 +73,7 @@ class Reference:
         # A few architectures know no `logits_to_keep` and give all of them.
         chosen = logits if logits.shape[1] == len(places) else logits[:, places.to(logits.device)]
         log_probabilities: Tensor = chosen.float().log_softmax(dim=-1)
+        check_numbers(log_probabilities, "the model's predictions on held-out text")
         return log_probabilities
 
 

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ctxprune.pruner.files import write_text, writing
+
 METRICS = "metrics.jsonl"
 # Where TensorBoard's own log lies, if it is asked for.
 BOARD = "tensorboard"
@@ -24,14 +26,15 @@ class Metrics:
         if path.is_file():
             # The last line may be half a line.
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:step]
-            path.write_text("".join(lines), encoding="utf-8")
+            write_text(path, "".join(lines))
         else:
-            path.touch()
+            write_text(path, "")
 
     def log(self, figures: dict[str, Any]) -> None:
         """Add a step."""
-        with (self._folder / METRICS).open("a", encoding="utf-8") as file:
-            told = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # no NaN
+        path = self._folder / METRICS
+        told = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # no NaN
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(told) + "\n")
 
     def copy(self, target: Path) -> None:

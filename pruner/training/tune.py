@@ -1,6 +1,6 @@
 """The fine-tuning loop: soft survival, sampled levels, checkpoints that resume bit for bit.
 
-While it runs, its state is one safetensors file in `<out>.tuning/`, replaced atomically; `out`
+While it runs, its state is one safetensors file in `.<out>.tuning/`, replaced atomically; `out`
 itself appears when all is done. Data order, levels and dropout depend on the seed and the step
 alone, so a resumed run repeats what an uninterrupted one does.
 """
@@ -10,13 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +34,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctxprune.pruner import data
 from ctxprune.pruner.checkpoints import adapter, checkpoint
 from ctxprune.pruner.config import PruneConfig, TuneConfig
-from ctxprune.pruner.device import place
+from ctxprune.pruner.device import Place, place
 from ctxprune.pruner.engine.handle import Handle, handle_of
 from ctxprune.pruner.engine.modes import Off
 from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
 from ctxprune.pruner.errors import CtxpruneError, Interrupted, choose
+from ctxprune.pruner.files import (
+    beside,
+    check_room,
+    claimed,
+    refuse_existing,
+    remove,
+    staged,
+    whole,
+    writing,
+)
+from ctxprune.pruner.finite import first_non_finite
+from ctxprune.pruner.interrupts import deferred
 from ctxprune.pruner.rows import ceiling
 from ctxprune.pruner.training.calibrate import TOKENS, calibrate, passes_of
 from ctxprune.pruner.training.local import LocalAttention
@@ -58,6 +66,9 @@ from ctxprune.pruner.training.objective import (
 )
 
 STATE = "state.safetensors"
+# What a run that diverged may be resumed with less of.
+RATES = ("gate_lr", "local_lr", "lr")
+MOST = 1e36
 # What attention modules call the dropout of their weights; any other is refused when it is met.
 DROPOUTS = (
     "attention_dropout",
@@ -74,6 +85,15 @@ PASSES_OF_A_BATCH = 4.0
 OnStep = Callable[[dict[str, Any]], None]
 OnPhase = Callable[[str], None]
 OnCalibration = Callable[[int, int, float], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listeners:
+    """Who is told of a run; see `tune`."""
+
+    on_step: OnStep
+    on_phase: OnPhase
+    on_calibration: OnCalibration
 
 
 class Trainee(nn.Module):
@@ -169,17 +189,19 @@ def tune(
 
     Args:
         folder: a converted model. out: folder to make; force: replace it. config: the run.
-        resume: go on from the state that an interrupted run of the same configuration left.
+        resume: go on from the state that an interrupted run of the same configuration left; without
+            it and without `force` such a state is not touched.
         on_step: receives each step's figures, those of metrics.jsonl; `eta_s` are the seconds left
             with calibration. on_phase: what happens now.
         on_calibration: passes done, of how many, and the seconds left.
 
     Raises:
-        CtxpruneError: bad input, divergence, or nothing to resume.
-        Interrupted: after Ctrl-C or SIGTERM, with the state saved.
+        CtxpruneError: bad input, divergence, nothing to resume, or another process writes `out`.
+        Interrupted: after a KeyboardInterrupt, with the state saved.
     """
-    checkpoint.refuse_existing(out, force=force)
-    work = out.parent / f".{out.name}.tuning"
+    refuse_existing(out, force=force)
+    _check_rates(config)
+    work = beside(out, ".tuning")
     where = place(config.device, "float32")
     if where.device.index is not None:
         torch.accelerator.set_device_index(where.device.index)
@@ -197,11 +219,40 @@ def tune(
             "tuning cannot be sharded by FSDP: its state and its adapter are whole tensors",
             "leave FSDP off; `--train lora --gradient-checkpointing` saves memory on every process",
         )
-    on_phase = on_phase if on_phase and accelerator.is_main_process else _say_nothing
-    if resume and not (work / STATE).is_file():
+    listeners = _Listeners(
+        on_step or _say_nothing, on_phase or _say_nothing, on_calibration or _say_nothing
+    )
+    if not accelerator.is_main_process:
+        listeners = _Listeners(_say_nothing, _say_nothing, _say_nothing)
+    with claimed(out) if accelerator.is_main_process else nullcontext():
+        _tune(folder, out, work, config, accelerator, where, resume, force, listeners)
+    return out
+
+
+def _tune(
+    folder: Path,
+    out: Path,
+    work: Path,
+    config: TuneConfig,
+    accelerator: Accelerator,
+    where: Place,
+    resume: bool,
+    force: bool,
+    listeners: _Listeners,
+) -> None:
+    on_phase = listeners.on_phase
+    interrupted = (work / STATE).is_file()
+    if resume and not interrupted:
         raise CtxpruneError(
             f"there is no interrupted run for `{out}` to resume", "leave out `--resume`"
         )
+    if interrupted and not resume:
+        if not force:
+            raise CtxpruneError(
+                f"a run for `{out}` was interrupted, and its state is kept",
+                "go on with `--resume`, or begin anew with `--force`",
+            )
+        on_phase(f"the state of an interrupted run for {out} is dropped")
     model = checkpoint.load_off(
         folder, dataclasses.replace(where, device=accelerator.device), on_phase
     )
@@ -219,60 +270,75 @@ def tune(
         within = config.max_tokens // tokens - config.ahead
         steps = min(config.steps, max(within, 0 if config.ahead else 1))
         config = dataclasses.replace(config, steps=steps)
+    # A state has what is trained and its two moments; it is replaced by another.
+    state = 3 * sum(4 * each.numel() for group in parameters for each in group["params"])
+    check_room(out, checkpoint.size(model), state, state)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
     run = _Run(work, folder, config, trainee, optimizer)
     start = run.restore() if resume else 0
+    if run.rates:
+        on_phase(f"going on from step {start} with lower learning rates")
     total_steps = config.total_steps
-    if accelerator.is_main_process:
-        run.begin(start)
-        told = {k: v for k, v in _told(config).items() if isinstance(v, int | float | str)}
-        accelerator.init_trackers(
-            "ctxprune", config=told, init_kwargs={"tensorboard": {"purge_step": start + 1}}
-        )
-    accelerator.wait_for_everyone()
-    prepared, prepared_optimizer = accelerator.prepare(trainee, optimizer)
-    passes = passes_of(model, valid_windows, config.sparsity) if config.sparsity > 0.0 else 0
-    on_phase(_plan(config, len(train_windows), passes))
-    with _stop_signals() as stop:
+    try:
+        if accelerator.is_main_process:
+            run.begin(start)
+            told = {k: v for k, v in _told(config).items() if isinstance(v, int | float | str)}
+            accelerator.init_trackers(
+                "ctxprune", config=told, init_kwargs={"tensorboard": {"purge_step": start + 1}}
+            )
+        accelerator.wait_for_everyone()
+        prepared, prepared_optimizer = accelerator.prepare(trainee, optimizer)
+        passes = passes_of(model, valid_windows, config.sparsity) if config.sparsity > 0.0 else 0
+        on_phase(_plan(config, len(train_windows), passes))
         clock, before = time.monotonic(), run.seconds
         for step in range(start, total_steps):
-            figures = _step(
-                step, prepared, prepared_optimizer, accelerator, run, config, train_windows
-            )
-            here = time.monotonic() - clock
-            run.seconds = before + here
-            pace = (step + 1 - start) / here
-            figures["tokens_per_s"] = pace * tokens
-            per_pass = here / (step + 1 - start) / config.accumulate / PASSES_OF_A_BATCH
-            figures["eta_s"] = (total_steps - step - 1) / pace + passes * per_pass
-            last = step + 1 == total_steps or _time_is_up(run.seconds, config)
-            if accelerator.is_main_process:
-                run.metrics.log(figures)
-                accelerator.log(scalars(figures), step=step + 1)
-                if on_step is not None:
-                    on_step(figures)
-                if stop.is_set() or (step + 1) % config.save_every == 0 or last:
-                    run.save(step + 1)
+            with ExitStack() as update:
+                figures = _step(
+                    step,
+                    prepared,
+                    prepared_optimizer,
+                    accelerator,
+                    run,
+                    config,
+                    train_windows,
+                    update,
+                )
+                here = time.monotonic() - clock
+                run.seconds = before + here
+                pace = (step + 1 - start) / here
+                figures["tokens_per_s"] = pace * tokens
+                per_pass = here / (step + 1 - start) / config.accumulate / PASSES_OF_A_BATCH
+                figures["eta_s"] = (total_steps - step - 1) / pace + passes * per_pass
+                last = step + 1 == total_steps or _time_is_up(run.seconds, config)
+                run.done = step + 1
+                if accelerator.is_main_process:
+                    run.metrics.log(figures)
+                    accelerator.log(scalars(figures), step=step + 1)
+                    listeners.on_step(figures)
+                    if last or _is_due(step + 1, config):
+                        run.check(step, train_windows)
+                        run.save()
             if last:
                 break
-            if stop.is_set():
-                _end_tracking(accelerator)
-                raise Interrupted(
-                    f"stopped after step {step + 1} of {total_steps}; the state is saved",
-                    "go on with `--resume`",
-                )
         _end_tracking(accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             prune = handle.config
             if passes:
                 on_phase(f"calibrating on {valid_windows.numel():,} held-out tokens")
-                watch = _watch(stop, on_calibration)
+                watch = _watch(listeners.on_calibration)
                 prune = calibrate(model.train(False), valid_windows, config.sparsity, watch)
             on_phase(f"writing {out}")
             _write(run, model, handle, prune, tokenizer, out, force)
+    except KeyboardInterrupt as stop:
+        _end_tracking(accelerator)
+        if accelerator.is_main_process and run.done > run.saved and run.is_finite:
+            run.save()
+        raise run.stopped() from stop
+    finally:
+        if accelerator.is_main_process and not run.saved:
+            remove(work)
     accelerator.wait_for_everyone()
-    return out
 
 
 def _plan(config: TuneConfig, windows: int, passes: int) -> str:
@@ -289,20 +355,10 @@ def _plan(config: TuneConfig, windows: int, passes: int) -> str:
     )
 
 
-def _watch(stop: threading.Event, told: OnCalibration | None) -> Callable[[int, int], None]:
-    """A listener of calibration that obeys a stop after any pass, and knows the time left."""
+def _watch(told: OnCalibration) -> Callable[[int, int], None]:
+    """A listener of calibration that knows the time left."""
     began = time.monotonic()
-
-    def on_pass(done: int, total: int) -> None:
-        if stop.is_set():
-            raise Interrupted(
-                f"stopped after pass {done} of {total} of calibration; the training is saved",
-                "go on with `--resume`",
-            )
-        if told is not None:
-            told(done, total, (time.monotonic() - began) / done * (total - done))
-
-    return on_pass
+    return lambda done, total: told(done, total, (time.monotonic() - began) / done * (total - done))
 
 
 def _trackers(config: TuneConfig) -> list[str]:
@@ -322,7 +378,7 @@ def _end_tracking(accelerator: Accelerator) -> None:
         tracker.finish()
 
 
-def _say_nothing(_: str) -> None:
+def _say_nothing(*_: object) -> None:
     pass
 
 
@@ -342,8 +398,13 @@ def _step(
     run: _Run,
     config: TuneConfig,
     windows: Tensor,
+    update: ExitStack,
 ) -> dict[str, Any]:
-    """One optimizer step; returns its figures. Each phase counts its own steps."""
+    """One optimizer step; returns its figures. Each phase counts its own steps.
+
+    Args:
+        update: entered from the update of the weights on, which is not to be interrupted.
+    """
     local = step < config.ahead
     phase, at = (config.local, step) if local else (config, step - config.ahead)
     factor = learning_rate_factor(at, phase)
@@ -362,17 +423,15 @@ def _step(
         with accelerator.accumulate(trainee):
             loss, seen = trainee(ids.to(accelerator.device), level, sharpness, alpha, local)
             accelerator.backward(loss)
+            total += float(loss.detach()) / config.accumulate
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trainee.parameters(), 1.0)
+                update.enter_context(deferred())
+                norm = float(accelerator.clip_grad_norm_(trainee.parameters(), 1.0))
+                if not math.isfinite(total + norm):
+                    raise run.diverged(step, f"its loss is {total:g}, of gradients {norm:g}")
             optimizer.step()
             optimizer.zero_grad()
-        total += float(loss.detach()) / config.accumulate
         figures.update({k: float(v) if isinstance(v, Tensor) else v for k, v in seen.items()})
-    if not math.isfinite(total):
-        raise CtxpruneError(
-            f"the loss is {total} at step {step + 1}: training diverged",
-            "lower `--lr`; the last good state is kept, and `--resume` goes on from it",
-        )
     return {
         "step": step + 1,
         "steps": config.total_steps,
@@ -382,6 +441,11 @@ def _step(
         "alpha": alpha,
         **figures,
     }
+
+
+def _is_due(step: int, config: TuneConfig) -> bool:
+    """Whether the state after a step is saved: it is early on too, when most runs diverge."""
+    return step % config.save_every == 0 or (step < config.save_every and step.bit_count() == 1)
 
 
 def _batch(windows: Tensor, step: int, place: int, config: TuneConfig, processes: int) -> Tensor:
@@ -414,6 +478,16 @@ def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tens
             "give more text, a smaller `--max-length`, or a text for `--validation-data`",
         )
     return train[:-spare], train[-spare:][:count]
+
+
+def _check_rates(config: TuneConfig) -> None:
+    """Raise CtxpruneError for a learning rate with which no optimizer can compute in float32."""
+    for name in RATES:
+        if not getattr(config, name) <= MOST:
+            raise CtxpruneError(
+                f"{name} {getattr(config, name):g} is beyond what float32 can compute with",
+                "give one below 1",
+            )
 
 
 def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:
@@ -493,9 +567,10 @@ def _write(
     config = run.config
     provenance = checkpoint.read_settings(run.source).provenance
     earlier = [*provenance.get("earlier", []), provenance["tune"]] if "tune" in provenance else []
-    provenance = {**provenance, "tune": _told(config), "earlier": earlier}
+    told = _told(config) | ({"rates_before": run.rates} if run.rates else {})
+    provenance = {**provenance, "tune": told, "earlier": earlier}
     onto = run.source / adapter.FILE if earlier else None
-    with checkpoint.staged(out, force=force) as folder:
+    with staged(out, force=force) as folder:
         # An adapter is for published weights; where all of them were tuned before, none can be.
         if config.train != "full" and (onto is None or onto.is_file()):
             rank = config.lora_rank if config.train == "lora" else 0
@@ -505,7 +580,7 @@ def _write(
             model = model.merge_and_unload()  # type: ignore[operator]
         checkpoint.write(folder, model, handle.gates, prune, tokenizer, provenance)
         run.metrics.copy(folder)
-    shutil.rmtree(run.work)
+    remove(run.work)
 
 
 def _told(config: TuneConfig) -> dict[str, Any]:
@@ -518,7 +593,11 @@ def _told(config: TuneConfig) -> dict[str, Any]:
 
 
 class _Run:
-    """The resumable state of a run, in its working folder."""
+    """The resumable state of a run, in its working folder.
+
+    Attributes:
+        done: steps that are done. saved: those whose outcome is on the disk.
+    """
 
     def __init__(
         self,
@@ -534,37 +613,68 @@ class _Run:
         self.optimizer = optimizer
         self.metrics = Metrics(work)
         self.seconds = 0.0  # spent on steps so far
+        self.done = self.saved = 0
+        self.rates: list[dict[str, float]] = []  # that were higher, up to so many steps
+        self._trainee = trainee
         self._trained = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
 
     def begin(self, step: int) -> None:
         """Open the working folder: an empty one at step 0."""
         if step == 0:
-            shutil.rmtree(self.work, ignore_errors=True)
-        try:
+            remove(self.work)
+        with writing(self.work):
             self.work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CtxpruneError(f"`{self.work}` cannot be made: {error.strerror}") from error
         self.metrics.begin(step)
 
-    def save(self, step: int) -> None:
-        """Write parameters and optimizer state, replacing the previous file atomically."""
+    @torch.no_grad()
+    def check(self, step: int, windows: Tensor) -> None:
+        """See that weights and the loss at the level asked for are finite after a step.
+
+        Finite weights may be so large that what follows of them is not.
+
+        Args:
+            step: counted from 0. windows: of the text; the next ones are read.
+
+        Raises:
+            CtxpruneError: training diverged.
+        """
+        broken = first_non_finite(self._trained.items())
+        if broken is not None:
+            raise self.diverged(step, f"`{broken}` holds NaN or infinity")
+        sharpness, alpha = hardening(max(step - self.config.ahead, 0), self.config)
+        ids = _batch(windows, step + 1, 0, self.config, 1)
+        level = self.config.sparsity
+        device = next(self._trainee.parameters()).device
+        loss, _ = self._trainee.eval()(ids.to(device), level, sharpness, alpha)
+        if not torch.isfinite(loss):
+            raise self.diverged(step, f"the loss after it is {float(loss):g}")
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether what is trained holds neither NaN nor infinity."""
+        return first_non_finite(self._trained.items()) is None
+
+    def diverged(self, step: int, what: str) -> CtxpruneError:
+        """The error that says where training diverged, and what is left of it."""
+        rates = "`--local-lr`" if step < self.config.ahead else "`--lr` or `--gate-lr`"
+        kept = f"; the state after step {self.saved} is kept" if self.saved else ""
+        return CtxpruneError(
+            f"training diverged at step {step + 1}: {what}{kept}",
+            f"go on from there with `--resume` and a lower {rates}"
+            if self.saved
+            else f"start again with a lower {rates}",
+        )
+
+    def save(self) -> None:
+        """Write parameters and optimizer state after the steps that are done."""
         tensors = {f"parameter/{n}": p.detach().clone() for n, p in self._trained.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
-        about = {"step": str(step), "seconds": str(self.seconds), "run": self._identity()}
-        temporary = self.work / f"{STATE}.tmp"
-        try:
+        about = {"step": str(self.done), "seconds": str(self.seconds), "run": self._identity()}
+        about["rates"] = json.dumps(self.rates)
+        with whole(self.work / STATE) as temporary:
             save_file(tensors, temporary, metadata=about)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(self.work / STATE)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            if checkpoint.is_disk_full(error):
-                raise CtxpruneError(
-                    f"no space left for the state in `{self.work}`", "free some, then `--resume`"
-                ) from error
-            raise
+        self.saved = self.done
 
     def restore(self) -> int:
         """Load the saved state; returns the number of steps done."""
@@ -574,12 +684,9 @@ class _Run:
                 about = file.metadata()
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise CtxpruneError(f"`{path}` is damaged", "start again without `--resume`") from error
-        if about["run"] != self._identity():
-            raise CtxpruneError(
-                "the interrupted run had other settings, so it cannot be resumed with these",
-                "repeat its options exactly, or start again without `--resume`",
-            )
+            raise CtxpruneError(f"`{path}` is damaged", "begin anew with `--force`") from error
+        self._check_same(json.loads(about["run"]), int(about["step"]))
+        self.rates = json.loads(about.get("rates", "[]")) + self.rates
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(tensors[f"parameter/{name}"])
@@ -591,33 +698,35 @@ class _Run:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.seconds = float(about["seconds"])
-        return int(about["step"])
+        self.done = self.saved = int(about["step"])
+        return self.done
+
+    def stopped(self) -> Interrupted:
+        """What to say after an interruption."""
+        if not self.saved:
+            return Interrupted("stopped before anything was done to go on from")
+        total = self.config.total_steps
+        return Interrupted(
+            f"stopped after step {self.saved} of {total}; the state is saved",
+            "go on with `--resume`",
+        )
+
+    def _check_same(self, before: dict[str, Any], step: int) -> None:
+        """Raise CtxpruneError unless the interrupted run had these settings, or higher rates."""
+        now = json.loads(self._identity())
+        other = sorted(key for key in now if now[key] != before.get(key))
+        lowered = [key for key in other if key in RATES and now[key] < before.get(key, 0.0)]
+        if other != lowered:
+            raise CtxpruneError(
+                f"the interrupted run had other settings ({', '.join(other)}), so it cannot be "
+                "resumed with these",
+                "repeat its options exactly, but for learning rates, which may be lower; or begin "
+                "anew with `--force`",
+            )
+        if lowered:
+            self.rates = [{"steps": step, **{key: before[key] for key in lowered}}]
 
     def _identity(self) -> str:
         """What a resumed run has to share with the interrupted one; its device may differ."""
         told = dataclasses.asdict(self.config) | {"device": None, "report_to": None}
         return json.dumps({"source": str(self.source.resolve()), **told})
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Turn Ctrl-C and SIGTERM into an event, so that a step is never cut in half.
-
-    A second Ctrl-C stops at once. Outside the main thread signals are left alone.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def note(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

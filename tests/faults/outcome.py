@@ -60,6 +60,17 @@ def ctxprune(
     return Outcome(code, *texts)
 
 
+def begun(*arguments: str, cwd: Path) -> int:
+    """The process id of a command that runs in a fork and prints nowhere."""
+    child = os.fork()
+    if child == 0:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(nothing, number)
+        _child(arguments, cwd, {}, None)
+    return child
+
+
 def refused(outcome: Outcome, *words: str, code: int = 2) -> None:
     """Assert one sentence that says all of `words`, an exit code, and no traceback."""
     assert "Traceback" not in outcome.err, outcome.err
