@@ -108,6 +108,7 @@ def inspect(
     from ctxprune.evals.inspect.inspection import InspectConfig, Subject, page_data, rich_kinds
     from ctxprune.evals.inspect.inspection import inspect as run
     from ctxprune.evals.inspect.kinds import missing
+    from ctxprune.pruner.checkpoints.checkpoint import check_folder
 
     subjects = [Subject.parse(each) for each in compare or ()]
     config = InspectConfig(
@@ -115,6 +116,8 @@ def inspect(
         **settings(ctx, InspectConfig),
     )
     folder = current(model)
+    for subject in config.subjects:
+        check_folder(subject.model or folder)
     views = run(folder, _read(text, config.tokens), config, on_event=say)
     note = missing()
     if note is not None:

@@ -46,16 +46,24 @@ def check_sparsity(value: float) -> float:
 
 
 def _known_policy(name: str) -> str:
+    return choose("policy", name, _policies())
+
+
+def _policies() -> list[str]:
     from ctxprune.pruner.policies import names  # late: a policy imports torch
 
-    return choose("policy", name, names())
+    return list(names())
+
+
+def _list_policies(schema: dict[str, Any]) -> None:
+    schema["enum"] = _policies()
 
 
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Bonus = Annotated[float, Field(ge=0.0, le=1e6)]
 Beams = Annotated[int, Field(ge=1, le=4096)]
 Prompts = Annotated[tuple[Text, ...], LIST, ALONE]
-Policy = Annotated[str, AfterValidator(_known_policy)]
+Policy = Annotated[str, AfterValidator(_known_policy), Field(json_schema_extra=_list_policies)]
 # Shares of a layer each, of which one at least is above 0.
 Shares = Annotated[tuple[Share, ...], Field(strict=False, min_length=1, max_length=10_000)]
 
