@@ -22,7 +22,10 @@ setup: .venv/ready
 	$(call INSTALL,.venv) -c constraints.txt -e ".[dev]"
 	touch .venv/ready
 
-# Two files of tests at a time: each test, and each process that it starts, uses one thread.
+# Two tests at a time: each one, and each process that it starts, uses one thread.
+test check test-all: export OMP_NUM_THREADS := 1
+PYTEST := -m pytest -q -n 2
+
 test check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,10 +34,10 @@ test check: setup
 
 # The same, all model types, and the laws and the callers on both ends of the range of transformers.
 test-all: test $(ENDS:%=.venvs/%/ready)
-	$(BIN)/python -m pytest -q -m zoo tests/test_decoders.py tests/test_families.py \
+	$(BIN)/python $(PYTEST) -m zoo tests/test_decoders.py tests/test_families.py \
 		tests/test_recipes.py
 	for end in $(ENDS); do \
-		.venvs/$$end/bin/python -m pytest -q -m "not zoo" tests/test_laws.py \
+		.venvs/$$end/bin/python $(PYTEST) -m "not zoo" tests/test_laws.py \
 			tests/test_callers.py tests/test_decoders.py tests/test_families.py || exit; \
 	done
 
@@ -43,7 +46,7 @@ test-all: test $(ENDS:%=.venvs/%/ready)
 	grep -v '^transformers==' constraints.txt > .venvs/$*/constraints.txt
 	$(call INSTALL,.venvs/$*) -c constraints.txt torch==2.13.0
 	$(call INSTALL,.venvs/$*) -c .venvs/$*/constraints.txt transformers==$* \
-		pytest hypothesis entmax torchao bitsandbytes -e .
+		pytest pytest-xdist hypothesis entmax torchao bitsandbytes -e .
 	touch $@
 
 # SIGKILL at thirty random moments of each command that writes: some ten minutes.
