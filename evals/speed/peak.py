@@ -9,6 +9,11 @@ from pathlib import Path
 
 import torch
 
+# glibc's number of the size from which on memory is asked of the system, and given back to it.
+MMAP_THRESHOLD = -3
+# The size while it is watched; afterwards the largest that glibc would choose by itself.
+WATCHED, USUAL = 1 << 20, 32 << 20
+
 CLEAR = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 
@@ -16,8 +21,9 @@ STATUS = Path("/proc/self/status")
 def peak_of(work: Callable[[], None], device: torch.device) -> int | None:
     """Do the work; return the most bytes that were in use meanwhile, the weights included.
 
-    On CUDA these are the bytes allocated on the device, elsewhere the resident set of the process.
-    None where the platform cannot tell.
+    On CUDA these are the bytes allocated on the device, elsewhere the resident set of the process,
+    of which holes are no part that glibc keeps between small pieces. None where the platform cannot
+    tell.
     """
     gc.collect()
     if device.type == "cuda":
@@ -25,8 +31,19 @@ def peak_of(work: Callable[[], None], device: torch.device) -> int | None:
         work()
         return torch.cuda.max_memory_allocated(device)
     watched = _reset_resident()
-    work()
-    return _peak_resident() if watched else None
+    _give_back_from(WATCHED)
+    try:
+        work()
+        return _peak_resident() if watched else None
+    finally:
+        _give_back_from(USUAL)
+
+
+def _give_back_from(size: int) -> None:
+    """Have glibc, if it is there, give back what is freed in pieces of so many bytes or more."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(MMAP_THRESHOLD, size)
 
 
 def _reset_resident() -> bool:
