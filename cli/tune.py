@@ -167,6 +167,14 @@ def tune(
             rich_help_panel=OBJECTIVE,
         ),
     ] = None,
+    answers: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the windows that are answers of the model itself to instructions about "
+            "the text; default: 0.25 for a chat model that is distilled, else 0.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     dense_share: Annotated[
         float | None,
         option("Share of the text read with the gates off", TuneConfig.dense_share, OBJECTIVE),

@@ -184,6 +184,9 @@ class TuneConfig(Settings):
         alpha: alpha of alpha_sigmoid at the end, rising by a cosine from 1 (the paper's schedule).
         distill: weight in [0, 1] of the divergence from the same model with its gates off,
             against the LM loss; None: 1 where gates alone are trained, else 0.
+        answers: share of the windows that are answers of the model itself, dense, to instructions
+            about the text; None: a quarter where it has a chat template, is distilled from itself,
+            and reads windows of 512 tokens or more, else 0.
         dense_share: share of the micro-batches that are read with the gates off.
         spread: share of the others whose level is drawn from the whole range, and not `sparsity`:
             what makes one checkpoint serve all levels.
@@ -216,6 +219,7 @@ class TuneConfig(Settings):
     sharpness: Annotated[float, Field(ge=1.0, le=1000.0)] = 4.0
     alpha: Annotated[float, Field(ge=1.0, le=10.0)] = 1.0
     distill: Share | None = None
+    answers: Share | None = None
     dense_share: Share = 0.5
     spread: Share = 0.5
     lora_rank: Rank = 16
