@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.config import EvalConfig
-from ctxprune.evals.quality import fidelity
 from ctxprune.evals.quality.evaluate import check_reference, evaluate
 from ctxprune.evals.quality.fidelity import INSTRUCTIONS, KINDS, Sample, samples, score
 from ctxprune.pruner.answers import LEAST, MOST
