@@ -162,8 +162,8 @@ def tune(
     distill: Annotated[
         float | None,
         typer.Option(
-            help="Weight in [0, 1] of distillation from the model itself, dense, against the "
-            "loss on the text; default: 1 with --train gates, else 0.",
+            help="Weight in [0, 1] of distillation from the model as it was, dense, against the "
+            "loss on the text; default: 1 with --train gates, 0.5 with lora, 0 with full.",
             rich_help_panel=OBJECTIVE,
         ),
     ] = None,

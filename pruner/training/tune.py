@@ -27,6 +27,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from ctxprune.pruner.checkpoints import adapter, checkpoint
 from ctxprune.pruner.config import PruneConfig, TuneConfig
 from ctxprune.pruner.device import Place, place
 from ctxprune.pruner.engine.handle import Handle, handle_of
-from ctxprune.pruner.engine.modes import Off
+from ctxprune.pruner.engine.modes import Mode, Off
 from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
 from ctxprune.pruner.errors import CtxpruneError, Interrupted, choose
 from ctxprune.pruner.files import (
@@ -116,31 +117,29 @@ class Trainee(nn.Module):
         self, ids: Tensor, level: float, sharpness: float, alpha: float, local: bool = False
     ) -> tuple[Tensor, dict[str, Any]]:
         """Loss and figures of ids (b, n) at a level, 0 being dense; local: of the gates alone."""
-        if level == 0.0:
-            with self.handle.running(Off()):
-                loss = lm_loss(self.model(ids, use_cache=False).logits, ids)
-            return loss, {"lm_loss": loss.detach()}
-        soft = (LocalAttention if local else SoftAttention)(
-            Level(prior(level, ids.shape[1]), 0.0),
-            self.handle.config,
-            sharpness=sharpness,
-            alpha=alpha,
-        )
-        if isinstance(soft, LocalAttention):
-            return self._local(ids, level, soft)
-        teacher = self._teach(ids) if self.config.distillation > 0.0 else None
-        with self.handle.running(soft):
+        mode: Mode = Off()
+        if level > 0.0:
+            mode = (LocalAttention if local else SoftAttention)(
+                Level(prior(level, ids.shape[1]), 0.0),
+                self.handle.config,
+                sharpness=sharpness,
+                alpha=alpha,
+            )
+        if isinstance(mode, LocalAttention):
+            return self._local(ids, level, mode)
+        teacher = self._teach(ids, level)
+        with self.handle.running(mode):
             logits = self.model(ids, use_cache=False).logits
         task = lm_loss(logits, ids)
-        kept = _mean(soft.kept)
-        loss = task * (1.0 - self.config.distillation)
-        seen: dict[str, Any] = {}
+        loss, seen = task, {"lm_loss": task.detach()}
         if teacher is not None:
             divergence = distillation_loss(logits, teacher)
-            loss = loss + self.config.distillation * divergence
+            loss = torch.lerp(task, divergence, self.config.distillation)
             seen["divergence"] = divergence.detach()
-        loss = loss + self.config.penalty * sparsity_penalty(kept, level)
-        return loss, {**seen, "lm_loss": task.detach(), **_realised(soft, level)}
+        if isinstance(mode, SoftAttention):
+            loss = loss + self.config.penalty * sparsity_penalty(_mean(mode.kept), level)
+            seen |= _realised(mode, level)
+        return loss, seen
 
     def _local(
         self, ids: Tensor, level: float, soft: LocalAttention
@@ -154,9 +153,17 @@ class Trainee(nn.Module):
         return loss, {"local_error": errors.detach().mean(), **_realised(soft, level)}
 
     @torch.no_grad()
-    def _teach(self, ids: Tensor) -> Tensor:
-        """Logits of this very model with its gates off: no second copy, and it learns along."""
-        with self.handle.running(Off()):
+    def _teach(self, ids: Tensor, level: float) -> Tensor | None:
+        """Logits to learn from: no second copy of the weights makes them.
+
+        They are those of the model as it was before the run, where LoRA alone changes it; else of
+        this very model with its gates off, which has nothing to teach itself at level 0.
+        """
+        adapted = self.model if isinstance(self.model, PeftModel) else None
+        if self.config.distillation == 0.0 or (level == 0.0 and adapted is None):
+            return None
+        before = nullcontext() if adapted is None else adapted.disable_adapter()
+        with self.handle.running(Off()), before:
             return self.model(ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
