@@ -58,6 +58,7 @@ class TuningProgress:
 
     on_step: Callable[[dict[str, Any]], None]
     on_phase: Callable[[str], None]
+    on_answers: Callable[[int, int, float], None]
     on_calibration: Callable[[int, int, float], None]
 
 
@@ -65,7 +66,7 @@ class TuningProgress:
 def tuning_progress() -> Iterator[TuningProgress]:
     """Listeners that draw a bar on a terminal, and write a line now and then elsewhere."""
     if not err.is_terminal:
-        yield TuningProgress(_step_line, say, _calibration_line)
+        yield TuningProgress(_step_line, say, _line("answering"), _line("calibrating"))
         return
     columns = (
         TextColumn("{task.description}"),
@@ -76,6 +77,7 @@ def tuning_progress() -> Iterator[TuningProgress]:
     )
     with Bar(*columns, console=err) as bar:
         hidden: dict[str, Any] = {"total": 1, "left": "", "figures": "", "visible": False}
+        answers = bar.add_task("answering", **hidden)
         steps = bar.add_task("tuning", **hidden)
         passes = bar.add_task("calibrating", **hidden)
 
@@ -89,6 +91,9 @@ def tuning_progress() -> Iterator[TuningProgress]:
                 visible=True,
             )
 
+        def on_answers(done: int, total: int, seconds: float) -> None:
+            bar.update(answers, total=total, completed=done, left=_left(seconds), visible=True)
+
         def on_calibration(done: int, total: int, seconds: float) -> None:
             bar.update(steps, left="")
             bar.update(passes, total=total, completed=done, left=_left(seconds), visible=True)
@@ -96,7 +101,7 @@ def tuning_progress() -> Iterator[TuningProgress]:
         def on_phase(line: str) -> None:
             bar.console.print(words.line(line))
 
-        yield TuningProgress(on_step, on_phase, on_calibration)
+        yield TuningProgress(on_step, on_phase, on_answers, on_calibration)
 
 
 def _left(seconds: float) -> str:
@@ -119,9 +124,14 @@ def _step_line(figures: dict[str, Any]) -> None:
         say(f"step {figures['step']}/{figures['steps']}: {', '.join(said)}")
 
 
-def _calibration_line(done: int, total: int, seconds: float) -> None:
-    if _now_and_then(done, total):
-        say(f"calibrating {done}/{total}: {_left(seconds)}")
+def _line(what: str) -> Callable[[int, int, float], None]:
+    """A listener that writes a line now and then."""
+
+    def tell(done: int, total: int, seconds: float) -> None:
+        if _now_and_then(done, total):
+            say(f"{what} {done}/{total}: {_left(seconds)}")
+
+    return tell
 
 
 def _now_and_then(done: int, total: int) -> bool:

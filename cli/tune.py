@@ -162,9 +162,17 @@ def tune(
     distill: Annotated[
         float | None,
         typer.Option(
-            help="Weight in [0, 1] of distillation from the model itself, dense, against the "
-            "loss on the text; default: 1 with --train gates, else 0.",
+            help="Weight in [0, 1] of distillation from the model as it was, dense, against the "
+            "loss on the text; default: 1 with --train gates, 0.5 with lora, 0 with full.",
             rich_help_panel=OBJECTIVE,
+        ),
+    ] = None,
+    answers: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the windows that are answers of the model itself to instructions about "
+            "the text; default: 0.25 for a chat model that is distilled, else 0.",
+            rich_help_panel=TEXT,
         ),
     ] = None,
     dense_share: Annotated[

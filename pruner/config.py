@@ -182,8 +182,12 @@ class TuneConfig(Settings):
         penalty: weight of the squared log-ratio of soft kept share to its target.
         sharpness: factor on the scores at the end, rising from 1, so soft decisions become hard.
         alpha: alpha of alpha_sigmoid at the end, rising by a cosine from 1 (the paper's schedule).
-        distill: weight in [0, 1] of the divergence from the same model with its gates off,
-            against the LM loss; None: 1 where gates alone are trained, else 0.
+        distill: weight in [0, 1] of the divergence from the model as it was before the run (from
+            itself with its gates off, where all weights are trained), against the LM loss; None: 1
+            where gates alone are trained, 0.5 with LoRA, else 0.
+        answers: share of the windows that are answers of the model itself, dense, to instructions
+            about the text; None: a quarter where it has a chat template, is distilled from itself,
+            and reads windows of 512 tokens or more, else 0.
         dense_share: share of the micro-batches that are read with the gates off.
         spread: share of the others whose level is drawn from the whole range, and not `sparsity`:
             what makes one checkpoint serve all levels.
@@ -216,6 +220,7 @@ class TuneConfig(Settings):
     sharpness: Annotated[float, Field(ge=1.0, le=1000.0)] = 4.0
     alpha: Annotated[float, Field(ge=1.0, le=10.0)] = 1.0
     distill: Share | None = None
+    answers: Share | None = None
     dense_share: Share = 0.5
     spread: Share = 0.5
     lora_rank: Rank = 16
@@ -242,7 +247,7 @@ class TuneConfig(Settings):
         """Weight of the divergence from the dense model, in [0, 1]."""
         if self.distill is not None:
             return self.distill
-        return 1.0 if self.train == "gates" else 0.0
+        return {"gates": 1.0, "lora": 0.5, "full": 0.0}[self.train]
 
     @property
     def ahead(self) -> int:

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.config import EvalConfig
-from ctxprune.evals.quality import fidelity
 from ctxprune.evals.quality.evaluate import check_reference, evaluate
-from ctxprune.evals.quality.fidelity import INSTRUCTIONS, KINDS, MOST, Sample, samples, score
+from ctxprune.evals.quality.fidelity import INSTRUCTIONS, KINDS, Sample, samples, score
+from ctxprune.pruner.answers import LEAST, MOST
 from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.data import encode, read_texts
 from ctxprune.pruner.engine.handle import handle_of
@@ -48,12 +48,12 @@ def test_each_kind_is_there_and_answers_are_the_models_own(
         instruction, first = INSTRUCTIONS[number // 2], sample.kind == KINDS[1]
         assert prompt.startswith(instruction) == first
         assert prompt.endswith(f"{instruction}\n\nAnswer:") == (not first)
-        assert fidelity.LEAST < sample.scored <= MOST
+        assert LEAST < sample.scored <= MOST
         with torch.no_grad():
             logits = model(torch.tensor([sample.ids])).logits[0]
         likeliest = logits[-sample.scored - 1 : -1].argmax(-1).tolist()
         # Before the least length an end is left out.
-        free = slice(fidelity.LEAST, None)
+        free = slice(LEAST, None)
         assert likeliest[free] == list(sample.ids[-sample.scored :])[free]
 
 

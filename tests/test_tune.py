@@ -27,6 +27,8 @@ from ctxprune.pruner.checkpoints.checkpoint import GATES, load, load_tokenizer, 
 from ctxprune.pruner.config import TRAINABLE, TuneConfig
 from ctxprune.pruner.engine.handle import GATES as GATE_MODULES
 from ctxprune.pruner.engine.handle import Handle, handle_of
+from ctxprune.pruner.engine.modes import Off
+from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.rows import sparsity_of
 from ctxprune.pruner.training.metrics import BOARD, METRICS
@@ -199,6 +201,40 @@ def test_gradients_with_checkpointing_are_those_without(family: str, train: str)
     for name, gradient in without.items():
         assert gradient is not None and bool(gradient.any()) != ("lora_A" in name), name
         torch.testing.assert_close(recomputed[name], gradient, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.7])
+@pytest.mark.parametrize("train", TRAINABLE)
+def test_the_teacher_is_the_model_as_it_was(train: str, level: float) -> None:
+    """LoRA moves the dense model, and is drawn back to what it was; other weights teach
+    themselves, at level 0 nothing.
+    """
+    config = dataclasses.replace(SMALL, train=train, distill=1.0, penalty=0.0, lora_rank=4)
+    model, handle = undropped("llama")
+    ids = random_ids(2, 96)
+    with torch.no_grad(), handle.running(Off()):
+        published = model(ids, use_cache=False).logits.log_softmax(-1)
+    trained, _ = trainable(model, handle, config)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if train != "gates" and parameter.requires_grad and GATE_MODULES not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        with handle.running(Off()):
+            now = trained(ids, use_cache=False).logits.log_softmax(-1)
+    moved = float((published - now).abs().max())
+    assert (moved > 0.1) == (train != "gates")
+    loss, seen = Trainee(trained, handle, config)(ids, level, 4.0, 1.0)
+    if level == 0.0 and train != "lora":
+        assert "divergence" not in seen and loss == seen["lm_loss"]
+        return
+    teacher = now if train == "full" else published
+    with torch.no_grad():
+        mode = SoftAttention(Level(prior(level, 96), 0.0), handle.config, sharpness=4.0, alpha=1.0)
+        with handle.running(mode if level else Off()):
+            student = trained(ids, use_cache=False).logits.log_softmax(-1)
+    expected = (teacher.exp() * (teacher - student))[:, :-1].sum(-1).mean()
+    torch.testing.assert_close(seen["divergence"], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
 def undropped(family: str) -> tuple[PreTrainedModel, Handle]:

@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.quality.accuracy import ERROR, VALUES, mean_and_error, refuse_dense, used
 from ctxprune.evals.quality.scoring import last_logits, passes
-from ctxprune.pruner.data import by_template, encode
-from ctxprune.pruner.device import input_device
+from ctxprune.pruner.answers import MOST, answered, request
+from ctxprune.pruner.data import encode
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 
@@ -28,8 +27,6 @@ NAME = "fidelity"
 LIMIT = 32
 # Tokens of a running text, and of one that an answer is about.
 RUNNING, READ = 1024, 650
-# Tokens that an answer has at least, and at most.
-LEAST, MOST = 60, 160
 KINDS = ("running", "instruction_first", "instruction_last")
 INSTRUCTIONS = (
     "Summarize the text in three sentences.",
@@ -95,57 +92,16 @@ def samples(
     for number, at in enumerate(starts):
         text = str(tokenizer.decode(ids[at : at + READ])).strip()
         instruction = INSTRUCTIONS[number % len(INSTRUCTIONS)]
-        for kind, parts in ((KINDS[1], (instruction, text)), (KINDS[2], (text, instruction))):
-            asked.append((kind, _prompt(tokenizer, "\n\n".join(parts))))
-    answers = _answers(reference, tokenizer, [prompt for _, prompt in asked], batch_size)
-    for (kind, prompt), answer in zip(asked, answers, strict=True):
-        found.append(Sample((*prompt, *answer), len(answer), kind))
-    return found
-
-
-def _prompt(tokenizer: PreTrainedTokenizerBase, request: str) -> list[int]:
-    """A request as the model is used to be asked."""
-    if tokenizer.chat_template is None:
-        return encode(tokenizer, f"{request}\n\nAnswer:")
-    turn = [{"role": "user", "content": request}]
-    return encode(tokenizer, by_template(tokenizer, turn, ask=True))
-
-
-def _answers(
-    reference: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    batch_size: int | str,
-) -> list[list[int]]:
-    """What the reference, dense, answers to each: its likeliest tokens, the last one its end."""
-    handle_of(reference).use(sparsity=0.0, max_rows=0)
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    written: dict[int, list[int]] = {}
+        for kind in KINDS[1:]:
+            asked.append((kind, request(tokenizer, instruction, text, first=kind == KINDS[1])))
+    prompts = [prompt for _, prompt in asked]
+    answers: dict[int, list[int]] = {}
     for some in passes([len(prompt) for prompt in prompts], batch_size):
-        width = max(len(prompts[n]) for n in some)
-        padded = [[padding or 0] * (width - len(prompts[n])) + prompts[n] for n in some]
-        mask = [[0] * (width - len(prompts[n])) + [1] * len(prompts[n]) for n in some]
-        device = input_device(reference)
-        with torch.inference_mode():
-            output: Any = reference.generate(  # type: ignore[operator]
-                torch.tensor(padded, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                do_sample=False,
-                min_new_tokens=LEAST,
-                max_new_tokens=MOST,
-                pad_token_id=padding,
-            )
-        for n, tokens in zip(some, output[:, width:].tolist(), strict=True):
-            written[n] = _until_end(tokens, reference)
-    return [written[n] for n in range(len(prompts))]
-
-
-def _until_end(tokens: list[int], model: PreTrainedModel) -> list[int]:
-    """Tokens up to the first one that ends a text, that one included."""
-    ends = model.generation_config.eos_token_id
-    known = set(ends) if isinstance(ends, list) else {ends}
-    last = next((n for n, token in enumerate(tokens) if token in known), len(tokens) - 1)
-    return tokens[: last + 1]
+        written = answered(reference, tokenizer, [prompts[n] for n in some])
+        answers |= dict(zip(some, written, strict=True))
+    for number, (kind, prompt) in enumerate(asked):
+        found.append(Sample((*prompt, *answers[number]), len(answers[number]), kind))
+    return found
 
 
 def score(

@@ -27,17 +27,17 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxprune.pruner import data
 from ctxprune.pruner.checkpoints import adapter, checkpoint
 from ctxprune.pruner.config import PruneConfig, TuneConfig
 from ctxprune.pruner.device import Place, place
 from ctxprune.pruner.engine.handle import Handle, handle_of
-from ctxprune.pruner.engine.modes import Off
+from ctxprune.pruner.engine.modes import Mode, Off
 from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
 from ctxprune.pruner.errors import CtxpruneError, Interrupted, choose
 from ctxprune.pruner.files import (
@@ -53,7 +53,8 @@ from ctxprune.pruner.files import (
 from ctxprune.pruner.finite import first_non_finite
 from ctxprune.pruner.interrupts import deferred, understood
 from ctxprune.pruner.rows import ceiling
-from ctxprune.pruner.training.calibrate import TOKENS, calibrate, passes_of
+from ctxprune.pruner.training import windows
+from ctxprune.pruner.training.calibrate import calibrate, passes_of
 from ctxprune.pruner.training.local import LocalAttention
 from ctxprune.pruner.training.metrics import BOARD, Metrics, scalars
 from ctxprune.pruner.training.objective import (
@@ -65,6 +66,7 @@ from ctxprune.pruner.training.objective import (
     sample_level,
     sparsity_penalty,
 )
+from ctxprune.pruner.training.windows import Windows
 
 STATE = "state.safetensors"
 # What a run that diverged may be resumed with less of.
@@ -84,7 +86,7 @@ PASSES_OF_A_BATCH = 4.0
 
 OnStep = Callable[[dict[str, Any]], None]
 OnPhase = Callable[[str], None]
-OnCalibration = Callable[[int, int, float], None]
+OnProgress = Callable[[int, int, float], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,8 @@ class _Listeners:
 
     on_step: OnStep
     on_phase: OnPhase
-    on_calibration: OnCalibration
+    on_answers: OnProgress
+    on_calibration: OnProgress
 
 
 class Trainee(nn.Module):
@@ -114,31 +117,29 @@ class Trainee(nn.Module):
         self, ids: Tensor, level: float, sharpness: float, alpha: float, local: bool = False
     ) -> tuple[Tensor, dict[str, Any]]:
         """Loss and figures of ids (b, n) at a level, 0 being dense; local: of the gates alone."""
-        if level == 0.0:
-            with self.handle.running(Off()):
-                loss = lm_loss(self.model(ids, use_cache=False).logits, ids)
-            return loss, {"lm_loss": loss.detach()}
-        soft = (LocalAttention if local else SoftAttention)(
-            Level(prior(level, ids.shape[1]), 0.0),
-            self.handle.config,
-            sharpness=sharpness,
-            alpha=alpha,
-        )
-        if isinstance(soft, LocalAttention):
-            return self._local(ids, level, soft)
-        teacher = self._teach(ids) if self.config.distillation > 0.0 else None
-        with self.handle.running(soft):
+        mode: Mode = Off()
+        if level > 0.0:
+            mode = (LocalAttention if local else SoftAttention)(
+                Level(prior(level, ids.shape[1]), 0.0),
+                self.handle.config,
+                sharpness=sharpness,
+                alpha=alpha,
+            )
+        if isinstance(mode, LocalAttention):
+            return self._local(ids, level, mode)
+        teacher = self._teach(ids, level)
+        with self.handle.running(mode):
             logits = self.model(ids, use_cache=False).logits
         task = lm_loss(logits, ids)
-        kept = _mean(soft.kept)
-        loss = task * (1.0 - self.config.distillation)
-        seen: dict[str, Any] = {}
+        loss, seen = task, {"lm_loss": task.detach()}
         if teacher is not None:
             divergence = distillation_loss(logits, teacher)
-            loss = loss + self.config.distillation * divergence
+            loss = torch.lerp(task, divergence, self.config.distillation)
             seen["divergence"] = divergence.detach()
-        loss = loss + self.config.penalty * sparsity_penalty(kept, level)
-        return loss, {**seen, "lm_loss": task.detach(), **_realised(soft, level)}
+        if isinstance(mode, SoftAttention):
+            loss = loss + self.config.penalty * sparsity_penalty(_mean(mode.kept), level)
+            seen |= _realised(mode, level)
+        return loss, seen
 
     def _local(
         self, ids: Tensor, level: float, soft: LocalAttention
@@ -152,9 +153,17 @@ class Trainee(nn.Module):
         return loss, {"local_error": errors.detach().mean(), **_realised(soft, level)}
 
     @torch.no_grad()
-    def _teach(self, ids: Tensor) -> Tensor:
-        """Logits of this very model with its gates off: no second copy, and it learns along."""
-        with self.handle.running(Off()):
+    def _teach(self, ids: Tensor, level: float) -> Tensor | None:
+        """Logits to learn from: no second copy of the weights makes them.
+
+        They are those of the model as it was before the run, where LoRA alone changes it; else of
+        this very model with its gates off, which has nothing to teach itself at level 0.
+        """
+        adapted = self.model if isinstance(self.model, PeftModel) else None
+        if self.config.distillation == 0.0 or (level == 0.0 and adapted is None):
+            return None
+        before = nullcontext() if adapted is None else adapted.disable_adapter()
+        with self.handle.running(Off()), before:
             return self.model(ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
@@ -183,7 +192,8 @@ def tune(
     force: bool = False,
     on_step: OnStep | None = None,
     on_phase: OnPhase | None = None,
-    on_calibration: OnCalibration | None = None,
+    on_answers: OnProgress | None = None,
+    on_calibration: OnProgress | None = None,
 ) -> Path:
     """Fine-tune a converted model to prune, calibrate it, and write it to `out`.
 
@@ -193,7 +203,8 @@ def tune(
             it and without `force` such a state is not touched.
         on_step: receives each step's figures, those of metrics.jsonl; `eta_s` are the seconds left
             with calibration. on_phase: what happens now.
-        on_calibration: passes done, of how many, and the seconds left.
+        on_answers, on_calibration: answers written and passes done, of how many, and the seconds
+            left.
 
     Raises:
         CtxpruneError: bad input, divergence, nothing to resume, or another process writes `out`.
@@ -221,10 +232,13 @@ def tune(
             "leave FSDP off; `--train lora --gradient-checkpointing` saves memory on every process",
         )
     listeners = _Listeners(
-        on_step or _say_nothing, on_phase or _say_nothing, on_calibration or _say_nothing
+        on_step or _say_nothing,
+        on_phase or _say_nothing,
+        on_answers or _say_nothing,
+        on_calibration or _say_nothing,
     )
     if not accelerator.is_main_process:
-        listeners = _Listeners(_say_nothing, _say_nothing, _say_nothing)
+        listeners = _Listeners(_say_nothing, _say_nothing, _say_nothing, _say_nothing)
     with claimed(out) if accelerator.is_main_process else nullcontext():
         _tune(folder, out, work, config, accelerator, where, resume, force, listeners)
     return out
@@ -261,7 +275,10 @@ def _tune(
     tokenizer = checkpoint.load_tokenizer(folder)
     _check_context(model, handle, config)
     on_phase("reading the text")
-    train_windows, valid_windows = _texts(tokenizer, config)
+    texts, held_out = windows.read(tokenizer, config)
+    known = work / windows.ANSWERS if resume else None
+    on_answer = _watch(listeners.on_answers)
+    mixture = windows.mixed(model, tokenizer, config, texts, known, on_answer)
     model, parameters = trainable(model, handle, config)
     trainee = Trainee(model, handle, config)
     if trainee.dropout:
@@ -282,15 +299,15 @@ def _tune(
     total_steps = config.total_steps
     try:
         if accelerator.is_main_process:
-            run.begin(start)
+            run.begin(start, mixture)
             told = {k: v for k, v in _told(config).items() if isinstance(v, int | float | str)}
             accelerator.init_trackers(
                 "ctxprune", config=told, init_kwargs={"tensorboard": {"purge_step": start + 1}}
             )
         accelerator.wait_for_everyone()
         prepared, prepared_optimizer = accelerator.prepare(trainee, optimizer)
-        passes = passes_of(model, valid_windows, config.sparsity) if config.sparsity > 0.0 else 0
-        on_phase(_plan(config, len(train_windows), passes))
+        passes = passes_of(model, held_out, config.sparsity) if config.sparsity > 0.0 else 0
+        on_phase(_plan(config, mixture, passes))
         clock, before = time.monotonic(), run.seconds
         for step in range(start, total_steps):
             with ExitStack() as update:
@@ -301,7 +318,7 @@ def _tune(
                     accelerator,
                     run,
                     config,
-                    train_windows,
+                    mixture,
                     update,
                 )
                 here = time.monotonic() - clock
@@ -317,7 +334,7 @@ def _tune(
                     accelerator.log(scalars(figures), step=step + 1)
                     listeners.on_step(figures)
                     if last or _is_due(step + 1, config):
-                        run.check(step, train_windows)
+                        run.check(step, mixture)
                         run.save()
             if last:
                 break
@@ -326,9 +343,9 @@ def _tune(
         if accelerator.is_main_process:
             prune = handle.config
             if passes:
-                on_phase(f"calibrating on {valid_windows.numel():,} held-out tokens")
+                on_phase(f"calibrating on {held_out.numel():,} held-out tokens")
                 watch = _watch(listeners.on_calibration)
-                prune = calibrate(model.train(False), valid_windows, config.sparsity, watch)
+                prune = calibrate(model.train(False), held_out, config.sparsity, watch)
             on_phase(f"writing {out}")
             _write(run, model, handle, prune, tokenizer, out, force)
     except KeyboardInterrupt as stop:
@@ -344,22 +361,25 @@ def _tune(
     accelerator.wait_for_everyone()
 
 
-def _plan(config: TuneConfig, windows: int, passes: int) -> str:
+def _plan(config: TuneConfig, mixture: Windows, passes: int) -> str:
     """What is about to be done, in words."""
     if config.total_steps == 0:
         return f"calibrating alone: {passes} passes over the model"
     what = {"gates": "the gates alone", "lora": "the gates and LoRA", "full": "all weights"}
+    windows = f"{len(mixture.texts)} windows of {config.context}"
+    if mixture.answers is not None:
+        windows += f", a share of {mixture.share:g} its own answers"
     steps = config.total_steps
     tokens = steps * config.batch_size * config.accumulate * config.context
     text = "the embedded sample" if config.data is None else config.data
     return (
         f"training {what[config.train]}: {steps} steps, {tokens:,} tokens of {text} "
-        f"({windows} windows of {config.context}), then {passes} passes to calibrate"
+        f"({windows}), then {passes} passes to calibrate"
     )
 
 
-def _watch(told: OnCalibration) -> Callable[[int, int], None]:
-    """A listener of calibration that knows the time left."""
+def _watch(told: OnProgress) -> Callable[[int, int], None]:
+    """A listener that knows the time left."""
     began = time.monotonic()
     return lambda done, total: told(done, total, (time.monotonic() - began) / done * (total - done))
 
@@ -400,7 +420,7 @@ def _step(
     accelerator: Accelerator,
     run: _Run,
     config: TuneConfig,
-    windows: Tensor,
+    mixture: Windows,
     update: ExitStack,
 ) -> dict[str, Any]:
     """One optimizer step; returns its figures. Each phase counts its own steps.
@@ -421,7 +441,7 @@ def _step(
     for index in range(config.accumulate):
         # N processes do in a step what one does that accumulates N times as often.
         place = index * accelerator.num_processes + accelerator.process_index
-        ids = _batch(windows, at, place, config, accelerator.num_processes)
+        ids = mixture.batch(at, place, accelerator.num_processes)
         level = sample_level(at, place, phase)
         with accelerator.accumulate(trainee):
             loss, seen = trainee(ids.to(accelerator.device), level, sharpness, alpha, local)
@@ -449,38 +469,6 @@ def _step(
 def _is_due(step: int, config: TuneConfig) -> bool:
     """Whether the state after a step is saved: it is early on too, when most runs diverge."""
     return step % config.save_every == 0 or (step < config.save_every and step.bit_count() == 1)
-
-
-def _batch(windows: Tensor, step: int, place: int, config: TuneConfig, processes: int) -> Tensor:
-    """Windows of a micro-batch: a new shuffle every epoch, a function of seed and step alone."""
-    first = (step * config.accumulate * processes + place) * config.batch_size
-    chosen = []
-    for number in range(first, first + config.batch_size):
-        epoch, at = divmod(number, len(windows))
-        generator = torch.Generator().manual_seed(config.seed * 7919 + epoch)
-        chosen.append(int(torch.randperm(len(windows), generator=generator)[at]))
-    return windows[chosen]
-
-
-def _texts(tokenizer: PreTrainedTokenizerBase, config: TuneConfig) -> tuple[Tensor, Tensor]:
-    """Training windows and held-out windows for calibration."""
-
-    def windows(source: str | None, split: str) -> Tensor:
-        texts = data.read_texts(source, split, field=config.text_field, tokenizer=tokenizer)
-        return data.windows(tokenizer, texts, config.context)
-
-    train = windows(config.data, "tune")
-    count = max(2, TOKENS // config.context)
-    if config.valid is not None or config.data is None:
-        return train, data.spread(windows(config.valid, "calibrate"), count)
-    spare = max(1, len(train) // 20)
-    if len(train) <= spare:
-        raise CtxpruneError(
-            f"the text makes {len(train)} window of {config.context} tokens: none is left to "
-            "calibrate on",
-            "give more text, a smaller `--max-length`, or a text for `--validation-data`",
-        )
-    return train[:-spare], train[-spare:][:count]
 
 
 def _check_context(model: PreTrainedModel, handle: Handle, config: TuneConfig) -> None:
@@ -611,22 +599,24 @@ class _Run:
         self._trainee = trainee
         self._trained = {n: p for n, p in trainee.named_parameters() if p.requires_grad}
 
-    def begin(self, step: int) -> None:
-        """Open the working folder: an empty one at step 0."""
+    def begin(self, step: int, mixture: Windows) -> None:
+        """Open the working folder: at step 0 a new one, with the answers that are read."""
         if step == 0:
             remove(self.work)
         with writing(self.work):
             self.work.mkdir(parents=True, exist_ok=True)
+            if step == 0:
+                mixture.save(self.work / windows.ANSWERS)
         self.metrics.begin(step)
 
     @torch.no_grad()
-    def check(self, step: int, windows: Tensor) -> None:
+    def check(self, step: int, mixture: Windows) -> None:
         """See that weights and the loss at the level asked for are finite after a step.
 
         Finite weights may be so large that what follows of them is not.
 
         Args:
-            step: counted from 0. windows: of the text; the next ones are read.
+            step: counted from 0. mixture: whose next windows are read.
 
         Raises:
             CtxpruneError: training diverged.
@@ -635,7 +625,7 @@ class _Run:
         if broken is not None:
             raise self.diverged(step, f"`{broken}` holds NaN or infinity")
         sharpness, alpha = hardening(max(step - self.config.ahead, 0), self.config)
-        ids = _batch(windows, step + 1, 0, self.config, 1)
+        ids = mixture.batch(step + 1, 0)
         level = self.config.sparsity
         device = next(self._trainee.parameters()).device
         loss, _ = self._trainee.eval()(ids.to(device), level, sharpness, alpha)
