@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctxprune.pruner import data
 from ctxprune.pruner.checkpoints import adapter, checkpoint
 from ctxprune.pruner.config import PruneConfig, TuneConfig
-from ctxprune.pruner.device import Place, place
+from ctxprune.pruner.device import Place, place, warn_of_emulation
 from ctxprune.pruner.engine.handle import Handle, handle_of
 from ctxprune.pruner.engine.modes import Off
 from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
@@ -260,6 +260,8 @@ def _tune(
     handle = handle_of(model)
     tokenizer = checkpoint.load_tokenizer(folder)
     _check_context(model, handle, config)
+    if config.bf16:
+        warn_of_emulation(accelerator.device, torch.bfloat16, on_phase)
     on_phase("reading the text")
     train_windows, valid_windows = _texts(tokenizer, config)
     model, parameters = trainable(model, handle, config)
