@@ -10,10 +10,10 @@ import json
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Required
 
 from pydantic import ConfigDict, Field, with_config
-from typing_extensions import Required, TypedDict
+from typing_extensions import TypedDict
 
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.schema import STRICT, Share, conforming, shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,10 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "txt: a mark alone": ("a.txt", lambda: b"\xef\xbb\xbf", "has no text"),
     "txt: NULs": ("a.txt", lambda: b"\0" * 5000, "holds NUL bytes"),
     "txt: a program": ("a.bin", lambda: b"\x7fELF\2\1\1\0\0", "holds NUL bytes"),
+    "zstd": ("a.jsonl.zst", lambda: b"\x28\xb5\x2f\xfd\x04\x58" + b"\x91" * 99, "UTF-8 text"),
+    "xz": ("a.txt.xz", lambda: lzma.compress(LINE), "cannot be read as UTF-8 text"),
+    "zip": ("a.docx", lambda: b"PK\3\4\x14\0\6\0" + b"\x91" * 99, "holds NUL bytes"),
+    "pdf": ("a.pdf", lambda: b"%PDF-1.7\n%\xb5\xb5\xb5\xb5\n", "cannot be read as UTF-8 text"),
     "gz: empty": ("a.txt.gz", lambda: b"", "has no text"),
     "gz: not gz": ("a.txt.gz", lambda: b"plain text", "cannot be read as UTF-8 text"),
     "gz: cut": ("a.txt.gz", lambda: WHOLE[:40], "cannot be read as UTF-8 text"),
