@@ -152,7 +152,7 @@ DENORMAL = [
     ("generate --no-chat --max-new-tokens 2 --policy sink --sparsity 1e-320 It", 0),
     ("generate --no-chat --max-new-tokens 2 --temperature 1 --top-p 1e-320 It", 0),
     ("generate --no-chat --temperature 5e-324 It", 2),
-    ("eval --text text.txt --max-tokens 64 --max-length 64 --policy sink --sparsity 1e-320", 0),
+    ("eval --text text.txt --max-tokens 64 --max-length 64 --policy sink --sparsity 1e-320", 2),
     ("inspect --text text.txt --tokens 32 --policy sink --sparsity 1e-320", 0),
 ]
 

@@ -6,11 +6,13 @@ import gzip
 import json
 import lzma
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import replace
 from datasets import Dataset
 from outcome import ctxprune, files_of, refused
 from strangers import Folders, arguments, copied, edit, make
@@ -295,6 +297,32 @@ def test_a_text_that_is_said(name: str, folders: Folders, tmp_path: Path) -> Non
     done = ctxprune(*given, "--model", str(model), cwd=tmp_path, stdin=stdin)
     refused(done, said)
     assert not done.out
+
+
+# What never ends, given to a command that may read so many bytes of it, and what it says.
+ENDLESS: dict[str, tuple[list[str], list[str], int, str]] = {
+    "one line": (["generate", "-"], ["cat", "/dev/zero"], 2**20, "line 1 of stdin has more"),
+    "lines": (["generate", "-"], ["yes", "It was a night"], 2**20, "stdin has more than 1 MB"),
+    "one line, to chat": (["chat"], ["cat", "/dev/zero"], 2**26, "line 1 of stdin has more than"),
+    "one line, to inspect": (["inspect", "--text", "-"], ["cat", "/dev/zero"], 2**20, "line 1 of"),
+    "lines, to inspect": (["inspect", "--text", "-"], ["yes", "It was a night"], 2**26, ""),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_text_on_stdin_that_never_ends(name: str, folders: Folders, tmp_path: Path) -> None:
+    given, source, most, said = ENDLESS[name]
+    talking = edit("tokenizer_config.json", chat_template="{{ messages[-1].content }}")
+    model = copied(folders.tuned, tmp_path / "m", talking)
+
+    def endless() -> None:
+        replace("cli.console.MOST_READ", most)
+        os.dup2(subprocess.Popen(source, stdout=subprocess.PIPE).stdout.fileno(), 0)  # type: ignore[union-attr]
+
+    done = ctxprune(*given, "--model", str(model), cwd=tmp_path, prepare=endless)
+    if said:
+        refused(done, said)
+    assert done.code == (2 if said else 0), done.err
 
 
 DOCUMENTS: dict[str, tuple[bytes | None, str]] = {
