@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from ctxprune.pruner.files import write_text
 
 # Characters of a message that are printed.
 LONGEST = 500
+# Bytes of a line of stdin, and characters of a text from it, at most.
+MOST_READ = 2**26
 
 
 class Console(console.Console):
@@ -102,18 +105,31 @@ def only_data(wanted: bool) -> Iterator[None]:
         yield
 
 
-def read_text() -> str:
-    """What stdin holds.
+def read_text(enough: int = MOST_READ) -> str:
+    """What stdin holds, up to the line with which there is enough of it, in characters.
 
     Raises:
-        CtxpruneError: it is not UTF-8.
+        CtxpruneError: it is not UTF-8, or endless.
     """
-    return "".join(read_lines())
+    text = io.StringIO()
+    for line in read_lines():
+        text.write(line)
+        if text.tell() > MOST_READ:
+            raise _endless("stdin")
+        if text.tell() > enough:
+            break
+    return text.getvalue()
+
+
+def _endless(what: str) -> CtxpruneError:
+    return CtxpruneError(f"{what} has more than {MOST_READ >> 20} MB", "give a part of it")
 
 
 def read_lines() -> Iterator[str]:
     """The lines of stdin, as they come; raises as `read_text`."""
-    for number, line in enumerate(sys.stdin.buffer, start=1):
+    for number, line in enumerate(iter(partial(sys.stdin.buffer.readline, MOST_READ + 1), b""), 1):
+        if len(line) > MOST_READ:
+            raise _endless(f"line {number} of stdin")
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError as error:

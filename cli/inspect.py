@@ -151,7 +151,7 @@ def inspect(
 def _read(source: str | None, tokens: int) -> str:
     """As much of a text as so many tokens may take."""
     if source == "-":
-        return read_text()[: CHARACTERS * tokens]
+        return read_text(CHARACTERS * tokens)[: CHARACTERS * tokens]
     from ctxprune.pruner.data import read_texts
 
     read = ""

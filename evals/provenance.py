@@ -12,10 +12,7 @@ from typing import Any
 import torch
 
 from ctxprune.evals.places import without_place
-from ctxprune.pruner.device import CPUINFO, processor
-
-# What decides how fast a processor computes, and in which dtype: its flag in /proc/cpuinfo.
-EXTENSIONS = {"AVX-512": "avx512f", "AVX512-BF16": "avx512_bf16", "AMX": "amx_bf16", "BF16": "bf16"}
+from ctxprune.pruner.device import processor
 
 
 def provenance(*packages: str) -> dict[str, Any]:
@@ -37,12 +34,3 @@ def worker(device: torch.device) -> dict[str, Any]:
         "machine": processor(device),
         "threads": torch.get_num_threads(),
     }
-
-
-def extensions(device: torch.device) -> list[str] | None:
-    """Those of `EXTENSIONS` that the processor has; None where it is none, or does not tell."""
-    if device.type != "cpu" or not CPUINFO.exists():
-        return None
-    lines = CPUINFO.read_text().splitlines()
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return [name for name, flag in EXTENSIONS.items() if flag in flags.split()]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
@@ -20,6 +26,7 @@ from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.finite import check_numbers
 from ctxprune.pruner.savings import Savings
+from ctxprune.pruner.untrusted import Generation
 
 Message = dict[str, str]
 # Stands for an answer where a template is asked how it ends one.
@@ -228,15 +235,16 @@ class Conversation:
         prompt = torch.tensor([ids], device=input_device(self._model))
         write: Any = self._model.generate
         try:
-            written = write(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                past_key_values=self._cache,
-                stopping_criteria=StoppingCriteriaList([_Stop(stopped)]),
-                logits_processor=LogitsProcessorList([Numbers()]),
-                **self._template.ending,
-                **options,
-            )
+            with as_told(self._model):
+                written = write(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    past_key_values=self._cache,
+                    stopping_criteria=StoppingCriteriaList([_Stop(stopped)]),
+                    logits_processor=LogitsProcessorList([Numbers()]),
+                    **self._template.ending,
+                    **options,
+                )
         except CtxpruneError:
             raise
         except BaseException:
@@ -245,6 +253,21 @@ class Conversation:
             raise
         new: list[int] = written[0, len(ids) :].tolist()
         return new
+
+
+@contextmanager
+def as_told(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model's `generate` does what it is told, not what its own settings would have.
+
+    Those that `Generation` names are heeded. Others ask for code of the hub, or for other outputs.
+    """
+    before: Any = model.generation_config
+    heeded = {name: getattr(before, name, None) for name in Generation.__annotations__}
+    model.generation_config = GenerationConfig(**heeded)
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 class Streamer(TextStreamer):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,13 @@ DTYPES = {
     "float64": torch.float64,
 }
 CPUINFO = Path("/proc/cpuinfo")
+# What decides how fast a processor computes, and in which dtype: its flag in CPUINFO.
+EXTENSIONS = {"AVX-512": "avx512f", "AVX512-BF16": "avx512_bf16", "AMX": "amx_bf16", "BF16": "bf16"}
+# Any of which computes in bfloat16.
+NATIVE = {"AVX512-BF16", "AMX", "BF16"}
+# Of the product of two matrices by which the rate of a dtype is measured: some hundredths of a
+# second, however slow it is.
+SIDE = 512
 
 # `auto`, or what accelerate takes: the device of each part of a model.
 DeviceMap = str | Mapping[str, int | str]
@@ -133,3 +141,35 @@ def processor(device: torch.device) -> str:
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor()) or device.type
+
+
+def extensions(device: torch.device) -> list[str] | None:
+    """Those of `EXTENSIONS` that the processor has; None where it is none, or does not tell."""
+    if device.type != "cpu" or not CPUINFO.exists():
+        return None
+    lines = CPUINFO.read_text().splitlines()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return [name for name, flag in EXTENSIONS.items() if flag in flags.split()]
+
+
+def warn_of_emulation(
+    device: torch.device, dtype: torch.dtype | None, say: Callable[[str], None]
+) -> None:
+    """Say in one line, with measured rates, if a processor only emulates a dtype."""
+    found = extensions(device)
+    if dtype != torch.bfloat16 or found is None or not NATIVE.isdisjoint(found):
+        return
+    emulated, native = _rate(torch.bfloat16), _rate(torch.float32)
+    say(
+        f"warning: this processor emulates bfloat16, at {emulated / native:.2g} times the rate of "
+        f"float32 ({emulated:.2g} and {native:.2g} products a second)"
+    )
+
+
+def _rate(dtype: torch.dtype) -> float:
+    """Products of two numbers that the CPU takes a second, in a product of two matrices."""
+    matrix = torch.ones(SIDE, SIDE, dtype=dtype)
+    matrix[:8] @ matrix  # the first product takes longer
+    began = time.perf_counter()
+    matrix @ matrix
+    return float(SIDE**3 / (time.perf_counter() - began))

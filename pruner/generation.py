@@ -14,7 +14,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from ctxprune.pruner.config import GenerateConfig
-from ctxprune.pruner.conversation import ChatTemplate, Numbers, Streamer, opening
+from ctxprune.pruner.conversation import ChatTemplate, Numbers, Streamer, as_told, opening
 from ctxprune.pruner.data import pad
 from ctxprune.pruner.device import input_device
 from ctxprune.pruner.engine.cache import PrunedCache
@@ -97,7 +97,8 @@ def generate(
             cache = handle.cache(record=True)
             options["past_key_values"] = cache
             options["streamer"] = _Memory(tokenizer, cache, on_memory)
-        ids = write(**batch.to(input_device(model)), **options)
+        with as_told(model):
+            ids = write(**batch.to(input_device(model)), **options)
     seconds = time.monotonic() - began
     read = batch["input_ids"].shape[1]
     held = handle.last_cache

@@ -128,6 +128,15 @@ def check(name: str, kind: Any, value: Value) -> Value:
     return checked
 
 
+def conforming(kind: Any, raw: Value, source: str, hint: str = "") -> Value:
+    """Return parsed JSON, `source`, if it is of a kind, else raise CtxpruneError with its key."""
+    try:
+        TypeAdapter(kind).validate_python(raw)
+    except ValidationError as error:
+        raise CtxpruneError(f"{source}: {explained(error).message}", hint) from error
+    return raw
+
+
 def explained(error: ValidationError, name: str = "", fields: Sequence[str] = ()) -> CtxpruneError:
     """The first fault in one sentence, with its key, or a name in place of it.
 

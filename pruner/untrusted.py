@@ -10,9 +10,13 @@ import json
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Required
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from ctxprune.pruner.errors import CtxpruneError
+from ctxprune.pruner.schema import STRICT, Share, conforming, shown
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -25,9 +29,6 @@ READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
 LARGEST, LAYERS = 1 << 26, 10_000
 # What every model has some of.
 SIZES = ("vocab_size", "hidden_size", "n_embd", "num_attention_heads", "n_head")
-# What `generation_config.json` gives as numbers, and as one token or several.
-NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "length_penalty")
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -35,6 +36,46 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+AGAIN = "fetch it or convert it again"
+
+# Only what is named is looked at.
+LENIENT = ConfigDict(STRICT, extra="ignore")
+# Some models have -1 for none.
+Token = Annotated[int, Field(ge=-1, lt=2**31)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+
+
+@with_config(LENIENT)
+class About(TypedDict, total=False):
+    """What every `config.json` says."""
+
+    model_type: Required[Annotated[str, Field(min_length=1)]]
+    architectures: list[str] | None
+
+
+@with_config(LENIENT)
+class Generation(TypedDict, total=False):
+    """What is heeded of a `generation_config.json`, by `generate` and by who loads the model."""
+
+    bos_token_id: Token | None
+    eos_token_id: Token | list[Token] | None
+    pad_token_id: Token | None
+    temperature: Annotated[float, Field(ge=0.0)] | None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None
+    top_p: Share | None
+    min_p: Share | None
+    repetition_penalty: Annotated[float, Field(gt=0.0)] | None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, lt=2**31)] | None
+    bad_words_ids: Annotated[list[Tokens], Field(min_length=1)] | None
+    suppress_tokens: Tokens | None
+    begin_suppress_tokens: Tokens | None
+
+
+@with_config(LENIENT)
+class Index(TypedDict):
+    """Which file each tensor is in."""
+
+    weight_map: dict[str, str]
 
 
 def check_file(path: Path) -> None:
@@ -79,14 +120,9 @@ def read_object(path: Path) -> dict[str, Any]:
         raise CtxpruneError(f"`{path}` cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise CtxpruneError(
-            f"`{path}` is not valid JSON: {reason}", "fetch it or convert it again"
-        ) from error
+        raise CtxpruneError(f"`{path}` is not valid JSON: {reason}", AGAIN) from error
     if not isinstance(found, dict):
-        raise CtxpruneError(
-            f"`{path}` holds {_kind(found)} where an object is expected",
-            "fetch it or convert it again",
-        )
+        raise CtxpruneError(f"`{path}`: an object is needed, not {shown(found)}", AGAIN)
     return found
 
 
@@ -119,21 +155,13 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
             check_file(entry)
     found = {name: read_object(folder / name) for name in OBJECTS if name in names}
     check_config(found[CONFIG], folder / CONFIG)
-    _check_generation(found.get(GENERATION, {}), folder / GENERATION)
+    conforming(Generation, found.get(GENERATION, {}), f"`{folder / GENERATION}`", AGAIN)
     return found[CONFIG]
 
 
 def check_config(config: Mapping[str, Any], path: Path) -> None:
     """Raise CtxpruneError for a configuration of no type, or with more layers than there are."""
-    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
-        raise CtxpruneError(
-            f"`{path}` has no `model_type`", "fetch it again, or write in what model it is"
-        )
-    named = config.get("architectures")
-    if named is not None and not (
-        isinstance(named, list) and all(isinstance(n, str) for n in named)
-    ):
-        raise CtxpruneError(f"`architectures` of `{path}` is no list of names", "fetch it again")
+    conforming(About, config, f"`{path}`", AGAIN)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
         for name, value in part.items():
@@ -145,26 +173,3 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
                     f"`{name}` of `{path}` is {str(value)[:24]}, which no model has",
                     "fetch it again",
                 )
-
-
-def _check_generation(settings: Mapping[str, Any], path: Path) -> None:
-    for name in NUMBERS:
-        if settings.get(name) is not None and not _is_number(settings[name], int | float):
-            raise CtxpruneError(f"`{name}` of `{path}` is {_kind(settings[name])}, not a number")
-    for name in TOKENS:
-        given = settings.get(name)
-        each = given if isinstance(given, list) else [given]
-        if given is not None and not all(_is_number(token, int) for token in each):
-            raise CtxpruneError(f"`{name}` of `{path}` is {_kind(given)}, not a token's id")
-
-
-def _is_number(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _kind(value: Any) -> str:
-    """What a value is, in JSON's words."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
-    return names[type(value)]

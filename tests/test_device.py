@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,15 @@ import pytest
 import torch
 from conftest import FAMILIES
 
+from ctxprune.pruner import device
 from ctxprune.pruner.checkpoints.checkpoint import load, load_off
-from ctxprune.pruner.device import device_of, dtype_name, input_device, place
+from ctxprune.pruner.device import (
+    device_of,
+    dtype_name,
+    input_device,
+    place,
+    warn_of_emulation,
+)
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 
@@ -102,6 +110,39 @@ def test_auto_is_the_accelerator_and_the_dtype_of_the_checkpoint_there(
     assert place("auto", "float16").dtype == torch.float16
     assert place("cpu").dtype == torch.float32
     assert cpu.parts is None and place(parts="auto").parts == "auto"
+
+
+FLAGS = {
+    "avx2": ("flags\t\t: fpu avx2 fma", True),
+    "AVX-512": ("flags\t\t: fpu avx2 avx512f", True),
+    "AVX512-BF16": ("flags\t\t: fpu avx512f avx512_bf16", False),
+    "AMX": ("flags\t\t: fpu amx_bf16 amx_tile", False),
+    "Arm": ("Features\t: fp asimd", True),
+    "Arm with BF16": ("Features\t: fp asimd bf16", False),
+    "unknown": ("", True),
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_an_emulated_dtype_is_warned_of_with_its_rate(
+    flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, emulated = FLAGS[flags]
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model name\t: Abacus\n{told}\n")
+    monkeypatch.setattr(device, "CPUINFO", cpuinfo)
+    lines: list[str] = []
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, None, torch.float16):
+        warn_of_emulation(cpu, dtype, lines.append)
+    warn_of_emulation(torch.device("meta"), torch.bfloat16, lines.append)
+    assert not lines
+    warn_of_emulation(cpu, torch.bfloat16, lines.append)
+    rate = r"emulates bfloat16, at [\d.e+-]+ times the rate of float32 \(\S+ and \S+ products a s"
+    assert [bool(re.search(rate, line)) for line in lines] == [True] * emulated
+    cpuinfo.unlink()
+    warn_of_emulation(cpu, torch.bfloat16, lines.append)
+    assert len(lines) == emulated
 
 
 @pytest.mark.parametrize("family", ["llama"])

@@ -14,7 +14,6 @@ from rich.console import Console
 from test_cli import ctxprune
 from transformers import StaticCache
 
-from ctxprune.evals import provenance
 from ctxprune.evals.config import BenchConfig
 from ctxprune.evals.results import MODES, Benchmark, measured, typed
 from ctxprune.evals.speed.bench import bench
@@ -248,7 +247,6 @@ def test_dtypes_are_measured_one_after_the_other(
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("model name\t: Abacus\nflags\t\t: fpu avx2 avx512f\n")
-    monkeypatch.setattr(provenance, "CPUINFO", cpuinfo)
     monkeypatch.setattr(device, "CPUINFO", cpuinfo)
     config = dataclasses.replace(
         quick, dtype=("float32", "bfloat16"), modes=("dense-static", "pruned"), repeats=1

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctxprune.evals.quality.accuracy import ERROR, VALUES, refuse_dense, used
 from ctxprune.evals.quality.scoring import likelihoods, texts_a_pass
 from ctxprune.evals.quality.tasks import quiet
+from ctxprune.pruner.conversation import as_told
 from ctxprune.pruner.data import pad
 from ctxprune.pruner.device import AUTO
 from ctxprune.pruner.engine.handle import handle_of
@@ -88,7 +89,8 @@ class PrunedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As HFLM, without its bars."""
-        found: list[str] = super().generate_until(requests, disable_tqdm=True)
+        with as_told(self.model):
+            found: list[str] = super().generate_until(requests, disable_tqdm=True)
         return found
 
     def _loglikelihood_tokens(

@@ -14,7 +14,7 @@ from typing import Any
 
 from ctxprune.evals.config import BenchConfig
 from ctxprune.evals.places import nearby
-from ctxprune.evals.provenance import extensions, provenance, worker
+from ctxprune.evals.provenance import provenance, worker
 from ctxprune.evals.results import PRUNED, Part
 from ctxprune.evals.speed.comparison import Comparison
 from ctxprune.evals.speed.subject import (
@@ -26,13 +26,17 @@ from ctxprune.evals.speed.subject import (
 )
 from ctxprune.evals.state import Finished, digest, stats, text_stats
 from ctxprune.pruner.data import read_texts, windows
-from ctxprune.pruner.device import dtype_name, input_device, place
+from ctxprune.pruner.device import (
+    dtype_name,
+    extensions,
+    input_device,
+    place,
+    warn_of_emulation,
+)
 from ctxprune.pruner.engine.handle import Handle, handle_of
 from ctxprune.pruner.rows import LONGEST
 
 PACKAGES = ("ctxprune", "torch", "transformers")
-# Extensions of a processor, any of which computes in bfloat16.
-NATIVE = {"AVX512-BF16", "AMX", "BF16"}
 
 Say = Callable[[str], None]
 
@@ -114,9 +118,6 @@ def _measure(
     subject = _subject(folder, config, dtype, say)
     model = subject.model
     handle, dtype, device = handle_of(model), dtype_name(model), input_device(model)
-    processor = extensions(device)
-    if dtype == "bfloat16" and processor is not None and NATIVE.isdisjoint(processor):
-        say("warning: this processor emulates bfloat16, so figures of it mean nothing")
     interval = _longest_interval(handle, config)
     steps = config.burst(interval)
     check_positions(model, max(config.context), config.decoded(steps))
@@ -150,7 +151,7 @@ def _measure(
         "evicts_every": interval,
         "max_rows": handle.config.cap(config.max_rows),
         "steps": steps,
-        "extensions": processor,
+        "extensions": extensions(device),
         "dtype": dtype,
         **worker(device),
     }
@@ -163,6 +164,7 @@ def _subject(folder: Path | None, config: BenchConfig, dtype: str, say: Say) -> 
         assert folder is not None, "a benchmark needs a folder or an architecture"
         return from_folder(folder, where, say)
     say(f"random weights of {config.architecture}: {where}")
+    warn_of_emulation(where.device, where.dtype, say)
     positions = max(config.context) + config.decoded(config.burst(LONGEST))
     return from_architecture(config.architecture, positions, where, seed=config.seed)
 

@@ -19,7 +19,7 @@ from ctxprune.evals.speed.stopwatch import spread
 from ctxprune.evals.speed.subject import check_positions, from_folder, prompts
 from ctxprune.pruner.config import Trained, TuneConfig
 from ctxprune.pruner.data import read_texts, windows
-from ctxprune.pruner.device import input_device, place
+from ctxprune.pruner.device import input_device, place, warn_of_emulation
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.schema import STRICT, Count, Name, Settings
@@ -77,6 +77,8 @@ def training_cost(
     """
     say = on_event or (lambda line: None)
     subject = from_folder(folder, place(dtype="float32"), say)
+    if config.bf16:
+        warn_of_emulation(input_device(subject.model), torch.bfloat16, say)
     handle = handle_of(subject.model)
     check_positions(subject.model, max(config.context), 0)
     model, _ = trainable(subject.model, handle, config.tuning())

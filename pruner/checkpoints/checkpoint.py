@@ -25,6 +25,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,7 +36,7 @@ from ctxprune.pruner.checkpoints import hub, interop
 from ctxprune.pruner.checkpoints.settings import FolderSettings, Provenance
 from ctxprune.pruner.config import PruneConfig, check_sparsity
 from ctxprune.pruner.decoder import check_type, decoder_of
-from ctxprune.pruner.device import AUTO, DeviceMap, Place, place
+from ctxprune.pruner.device import AUTO, DeviceMap, Place, place, warn_of_emulation
 from ctxprune.pruner.engine.handle import GATES as MODULES
 from ctxprune.pruner.engine.handle import attach, handle_of, new_gates
 from ctxprune.pruner.errors import CtxpruneError, first_line, translated
@@ -43,7 +44,15 @@ from ctxprune.pruner.files import check_name, recover, unlock
 from ctxprune.pruner.finite import check_finite
 from ctxprune.pruner.gate import Gate
 from ctxprune.pruner.parsing import contents, json_of
-from ctxprune.pruner.untrusted import CONFIG, check_file, check_model_folder, read_object
+from ctxprune.pruner.schema import conforming
+from ctxprune.pruner.untrusted import (
+    CONFIG,
+    GENERATION,
+    Index,
+    check_file,
+    check_model_folder,
+    read_object,
+)
 
 SETTINGS = "ctxprune.json"
 GATES = "ctxprune.safetensors"
@@ -179,7 +188,7 @@ def load_off(
     """The same at sparsity 0 and without a cap, for who chooses later what is dropped.
 
     Args:
-        where: it runs; `on_event` is called with one line of text that says so.
+        where: it runs; `on_event` is called with lines of text that say so.
 
     Raises:
         CtxpruneError: as `load`.
@@ -187,6 +196,7 @@ def load_off(
     non_finite = read_settings(folder).provenance.get("non_finite", False)
     if on_event is not None:
         on_event(f"loading the model: {where}")
+        warn_of_emulation(where.device, where.dtype, on_event)
     model = load_dense(Path(folder), where)
     if not non_finite:
         check_finite(model.state_dict().items(), str(folder))
@@ -276,6 +286,9 @@ def load_dense(folder: Path, where: Place, *, trust_remote_code: bool = False) -
     """
     kind, about = architecture(folder, trust_remote_code=trust_remote_code)
     check_weights(folder)
+    if (folder / GENERATION).exists():
+        with translated(f"the {GENERATION} in `{folder}` is refused", "mend or remove it"):
+            GenerationConfig.from_pretrained(folder)
     options: dict[str, Any] = {
         "dtype": where.dtype or AUTO,
         "trust_remote_code": trust_remote_code,
@@ -398,10 +411,8 @@ def _check_shards(folder: Path) -> None:
     index = folder / interop.INDEX
     if not (index.exists() or index.is_symlink()):
         return
-    named = read_object(index).get("weight_map")
-    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise CtxpruneError(f"`{index}` is damaged", "fetch it again")
-    files = sorted(set(named.values()))
+    named = conforming(Index, read_object(index), f"`{index}`", "fetch it again")
+    files = sorted(set(named["weight_map"].values()))
     for name in files:
         if Path(name).name != name:
             raise CtxpruneError(

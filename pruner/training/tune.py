@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.pruner.checkpoints import adapter, checkpoint
 from ctxprune.pruner.config import PruneConfig, TuneConfig
-from ctxprune.pruner.device import Place, place
+from ctxprune.pruner.device import Place, place, warn_of_emulation
 from ctxprune.pruner.engine.handle import Handle, handle_of
 from ctxprune.pruner.engine.modes import Mode, Off
 from ctxprune.pruner.engine.soft import Level, SoftAttention, prior
@@ -274,6 +274,8 @@ def _tune(
     handle = handle_of(model)
     tokenizer = checkpoint.load_tokenizer(folder)
     _check_context(model, handle, config)
+    if config.bf16:
+        warn_of_emulation(accelerator.device, torch.bfloat16, on_phase)
     on_phase("reading the text")
     texts, held_out = windows.read(tokenizer, config)
     known = work / windows.ANSWERS if resume else None

@@ -19,7 +19,7 @@ from ctxprune.pruner.checkpoints.checkpoint import SETTINGS
 from ctxprune.pruner.checkpoints.convert import convert
 
 # What stands for the damaged model, a text and an output in the arguments of a command.
-MODEL, TEXT_FILE, OUT = "MODEL", "TEXT", "OUT"
+MODEL, TEXT_FILE, TASKS, OUT = "MODEL", "TEXT", "TASKS", "OUT"
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     "convert": ("convert", MODEL, "--out", OUT),
     "info": ("info", MODEL),
@@ -30,7 +30,22 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "tune": ("tune", "--model", MODEL, "--out", OUT, "--steps", "1", "--data", TEXT_FILE),
     "export": ("export", "--model", MODEL, "--out", OUT),
     "bench": ("bench", "--model", MODEL, "--context-length", "64", "--steps", "1", "--out", OUT),
+    "tasks": (
+        *("eval", "--model", MODEL, "--text", TEXT_FILE, "--max-tokens", "512"),
+        *("--sparsity", "0.5", "--tasks", "written", "--include-path", TASKS),
+    ),
     "architecture": ("bench", "--architecture", MODEL, "--out", OUT),
+}
+# A task for which a text is written.
+WRITTEN = {
+    "task": "written",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "generate_until",
+    "doc_to_text": "{{text}}",
+    "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"until": ["never"], "max_gen_toks": 4, "do_sample": False},
+    "metric_list": [{"metric": "exact_match"}],
 }
 USING = ("info", "eval", "generate", "chat", "inspect", "tune", "export", "bench")
 
@@ -56,12 +71,18 @@ def make(root: Path, tokenizer: PreTrainedTokenizerFast) -> Folders:
     levels = {"0.5": [0.5, 0.5, 0.5]}
     edit(SETTINGS, config={**config, "tuned": 0.5, "levels": levels})(tuned)
     text.write_text("\n".join(f"Chapter {n}. {TEXT}" for n in range(60)), encoding="utf-8")
+    tasks = root / "tasks"
+    tasks.mkdir()
+    (tasks / "written.jsonl").write_text('{"text": "It was a dark night", "answer": "and"}')
+    task = WRITTEN | {"dataset_kwargs": {"data_files": {"test": str(tasks / "written.jsonl")}}}
+    (tasks / "written.yaml").write_text(json.dumps(task))
     return Folders(plain, tuned, text)
 
 
 def arguments(command: str, model: Path, text: Path, out: Path) -> list[str]:
     """The arguments of a command, with what the words in it stand for."""
     given = {MODEL: str(model), TEXT_FILE: str(text), OUT: str(out)}
+    given[TASKS] = str(text.with_name("tasks"))
     return [given.get(word, word) for word in COMMANDS[command]]
 
 

@@ -42,16 +42,20 @@ DAMAGED: dict[str, tuple[Damage, tuple[str, ...], str]] = {
     # config.json
     "config: no JSON": (write(CONFIG, "{"), (*READERS, "export", "architecture"), "not valid JSON"),
     "config: empty": (write(CONFIG, ""), READERS, "not valid JSON"),
-    "config: a list": (write(CONFIG, "[]"), (*READERS, "inspect"), "a list where an object"),
-    "config: a number": (write(CONFIG, "7"), READERS, "a number where an object"),
-    "config: null": (write(CONFIG, "null"), ("info",), "null where an object"),
+    "config: a list": (write(CONFIG, "[]"), (*READERS, "inspect"), "an object is needed, not []"),
+    "config: a number": (write(CONFIG, "7"), READERS, "an object is needed, not 7"),
+    "config: null": (write(CONFIG, "null"), ("info",), "an object is needed, not None"),
     "config: not UTF-8": (write(CONFIG, b"\xff\xfe{}"), READERS, "not valid JSON"),
     "config: NUL": (write(CONFIG, b"\0" * 64), READERS, "not valid JSON"),
     "config: deep": (write(CONFIG, "[" * 100_000), READERS, "nested too deeply"),
     "config: gone": (remove(CONFIG), (*READERS, *USING[1:]), "has no config.json"),
     "config: no type": (edit(CONFIG, model_type=ABSENT), (*READERS, "architecture"), "model_type"),
-    "config: null type": (edit(CONFIG, model_type=None), READERS, "has no `model_type`"),
-    "config: odd type": (edit(CONFIG, model_type=[1]), READERS, "has no `model_type`"),
+    "config: null type": (
+        edit(CONFIG, model_type=None),
+        READERS,
+        "type must be text, not None",
+    ),
+    "config: odd type": (edit(CONFIG, model_type=[1]), READERS, "model_type must be text, not [1]"),
     "config: no such type": (
         edit(CONFIG, model_type="unheard-of"),
         (*READERS, "architecture"),
@@ -60,6 +64,11 @@ DAMAGED: dict[str, tuple[Damage, tuple[str, ...], str]] = {
     "config: an encoder": (edit(CONFIG, model_type="bert"), READERS, "is not supported"),
     "config: another type": (edit(CONFIG, model_type="gpt2"), LOADERS, CONFIG),
     "config: layers a word": (edit(CONFIG, num_hidden_layers="3"), READERS, "num_hidden_layers"),
+    "config: layers a word, of GPT-2": (
+        edit(CONFIG, model_type="gpt2", n_layer="4"),
+        READERS,
+        "n_layer",
+    ),
     "config: layers negative": (edit(CONFIG, num_hidden_layers=-1), READERS, "which no model has"),
     "config: no layers": (edit(CONFIG, num_hidden_layers=0), READERS, ""),
     "config: endless layers": (
@@ -80,7 +89,11 @@ DAMAGED: dict[str, tuple[Damage, tuple[str, ...], str]] = {
     "config: heads zero": (edit(CONFIG, num_attention_heads=0), READERS, ""),
     "config: heads odd": (edit(CONFIG, num_attention_heads=5), READERS, ""),
     "config: feed-forward endless": (edit(CONFIG, intermediate_size=10**11), READERS, "parameters"),
-    "config: architectures": (edit(CONFIG, architectures=5), READERS, "no list of names"),
+    "config: architectures": (
+        edit(CONFIG, architectures=5),
+        READERS,
+        "must be a list, not 5",
+    ),
     "config: positions a list": (edit(CONFIG, max_position_embeddings=[1]), READERS, ""),
     "config: text part": (edit(CONFIG, model_type="gemma3", text_config=7), READERS, ""),
     "config: dtype": (edit(CONFIG, dtype="float7"), READERS, ""),
@@ -89,6 +102,16 @@ DAMAGED: dict[str, tuple[Damage, tuple[str, ...], str]] = {
         edit(CONFIG, quantization_config={"quant_method": "gptq", "bits": 4}),
         LOADERS,
         "quantized by gptq",
+    ),
+    "config: quantized otherwise": (
+        edit(CONFIG, quantization_config={"quant_method": "awq", "bits": 4}),
+        LOADERS,
+        "quantized by awq",
+    ),
+    "config: quantized by bitsandbytes": (
+        edit(CONFIG, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        LOADERS,
+        "",
     ),
     "config: a pipe": (pipe(CONFIG), (*READERS, "tune", "bench"), "is a pipe, not a file"),
     "config: a folder": (directory(CONFIG), READERS, "is a folder, not a file"),
@@ -143,7 +166,7 @@ DAMAGED: dict[str, tuple[Damage, tuple[str, ...], str]] = {
     ),
     "index: absolute": (edit(INDEX, weight_map={NORM: "/etc/passwd"}), READERS, "is outside"),
     "index: no such file": (edit(INDEX, weight_map={NORM: "b.safetensors"}), READERS, "lacks `b"),
-    "index: odd": (edit(INDEX, weight_map=[1]), READERS, "is damaged"),
+    "index: odd": (edit(INDEX, weight_map=[1]), READERS, "weight_map must be a mapping"),
     "index: no JSON": (write(INDEX, "{"), READERS, "not valid JSON"),
     "index: a pipe": (pipe(INDEX), READERS, "is a pipe, not a file"),
     # tokenizer
@@ -162,9 +185,40 @@ DAMAGED: dict[str, tuple[Damage, tuple[str, ...], str]] = {
     ),
     # generation_config.json
     "generation: no JSON": (write(GENERATION, "{"), (*READERS, "eval"), "not valid JSON"),
-    "generation: a list": (write(GENERATION, "[]"), READERS, "a list where an object"),
-    "generation: temperature": (edit(GENERATION, temperature="hot"), READERS, "not a number"),
-    "generation: ends": (edit(GENERATION, eos_token_id="</s>"), READERS, "not a token's id"),
+    "generation: a list": (write(GENERATION, "[]"), READERS, "an object is needed"),
+    "generation: temperature": (
+        edit(GENERATION, temperature="hot"),
+        READERS,
+        "temperature must be a number, not 'hot'",
+    ),
+    "generation: ends": (
+        edit(GENERATION, eos_token_id="</s>"),
+        (*READERS, "chat", "export", "tasks"),
+        "eos_token_id must be a whole number, not '</s>'",
+    ),
+    "generation: huge end": (edit(GENERATION, eos_token_id=10**30), READERS, "must be less than"),
+    "generation: ends of ends": (edit(GENERATION, eos_token_id=[[1]]), READERS, "a whole number"),
+    "generation: no penalty": (
+        edit(GENERATION, repetition_penalty=0),
+        (*READERS, "chat", "export", "tasks"),
+        "repetition_penalty must be more than 0",
+    ),
+    "generation: a penalty of NaN": (
+        edit(GENERATION, repetition_penalty=float("nan")),
+        READERS,
+        "must be a finite number",
+    ),
+    "generation: odd words": (edit(GENERATION, bad_words_ids=5), READERS, "must be a list"),
+    "generation: no words": (edit(GENERATION, bad_words_ids=[]), READERS, "an empty list"),
+    "generation: odd tokens": (edit(GENERATION, suppress_tokens="a"), READERS, "must be a list"),
+    "generation: odd n-grams": (edit(GENERATION, no_repeat_ngram_size="a"), READERS, "no_repeat"),
+    "generation: odd cache": (
+        edit(GENERATION, cache_implementation="odd"),
+        LOADERS,
+        "generation_config.json in",
+    ),
+    "generation: greedy, thrice": (edit(GENERATION, num_return_sequences=3), LOADERS, "is refused"),
+    "generation: odd watermark": (edit(GENERATION, watermarking_config=5), LOADERS, "is refused"),
     "generation: a pipe": (pipe(GENERATION), READERS, "is a pipe, not a file"),
     # adapters of others
     "adapter of peft beside it": (
@@ -217,6 +271,52 @@ def test_a_damaged_folder_is_refused(
     assert not done.out and not files_of(cwd)
 
 
+# What other settings of generation say does not matter: these would be refused by transformers,
+# ask for its code on the hub, or change what is returned.
+UNHEEDED: dict[str, Any] = {
+    "max_length": "long",
+    "min_length": "a",
+    "max_time": "a",
+    "num_beams": [2],
+    "stop_strings": ["a"],
+    "token_healing": True,
+    "forced_eos_token_id": "x",
+    "guidance_scale": "a",
+    "penalty_alpha": 0.6,
+    "dola_layers": "high",
+    "constraints": 5,
+    "force_words_ids": [[1]],
+    "sequence_bias": 5,
+    "exponential_decay_length_penalty": [1],
+    "prompt_lookup_num_tokens": "a",
+    "is_assistant": 1,
+    "return_dict_in_generate": True,
+    "output_attentions": True,
+    "custom_generate": "someone/code",
+    "trust_remote_code": True,
+    "nobody knows": {"a": [1]},
+}
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "tasks"])
+def test_texts_are_written_as_the_options_say(
+    command: str, folders: Folders, tmp_path: Path
+) -> None:
+    said = set()
+    for name, settings in (("none", {}), ("all", UNHEEDED), ("greedy", {"top_k": 4})):
+        model = copied(
+            folders.tuned,
+            tmp_path / name,
+            edit(GENERATION, **settings),
+            edit(TOKENIZER_CONFIG, chat_template="{{ messages[-1].content }}"),
+        )
+        given = arguments(command, model, folders.text, tmp_path / "out")
+        done = ctxprune(*given, cwd=tmp_path, stdin=b"Hello\n")
+        assert done.code == 0, done.err
+        said.add(done.out)
+    assert len(said) == 1
+
+
 # What is no damage: odd, and taken.
 ODD: dict[str, Damage] = {
     "an extra tensor": tensors(WEIGHTS, lambda found: found.update({"more": torch.ones(3)})),
@@ -251,15 +351,20 @@ ODD: dict[str, Damage] = {
 }
 
 
-@pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("command", ["convert", "generate", "info"])
+ODD_CASES = [(name, command) for name in ODD for command in ("convert", "generate", "info")]
+ODD_CASES += [("no end and no padding", each) for each in ("eval", "inspect", "tune", "chat")]
+
+
+@pytest.mark.parametrize(("name", "command"), ODD_CASES, ids=[f"{c}, {n}" for n, c in ODD_CASES])
 def test_an_odd_folder_is_taken(name: str, command: str, folders: Folders, tmp_path: Path) -> None:
     source = folders.plain if command == "convert" else folders.tuned
     padded = [edit(CONFIG, vocab_size=320)] if name == "a padded vocabulary" else []
     model = copied(source, tmp_path / "m", ODD[name], *padded)
+    if command == "chat":
+        edit(TOKENIZER_CONFIG, chat_template="{{ messages[-1].content }}")(model)
     given = arguments(command, model, folders.text, tmp_path / "out")
     extra = ["A letter from his sister"] if command == "generate" else []
-    done = ctxprune(*given, *extra, cwd=tmp_path)
+    done = ctxprune(*given, *extra, cwd=tmp_path, stdin=b"Hello\n")
     assert done.code == 0, done.err
 
 

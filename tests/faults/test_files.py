@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from commands import (
 )
 from outcome import ctxprune, files_of, refused
 
-from ctxprune.pruner import files
+from ctxprune.pruner import files, words
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.files import OLD, TEMPORARY, beside, recover, remove, staged, whole, write_text
 
@@ -149,14 +150,22 @@ def test_a_folder_that_takes_no_file_is_refused_before_any_work(
 def test_a_file_where_a_folder_has_to_be(name: str, place: Path) -> None:
     """Called like the folder of notes and states."""
     (place / "text").mkdir()
-    for path in [*(place / ".ctxprune").iterdir()]:
-        path.unlink()
-    (place / ".ctxprune").rmdir()
+    shutil.rmtree(place / ".ctxprune")
     (place / ".ctxprune").write_text("mine")
     before = files_of(place)
     model = () if name == "convert" else ("--model", "m")
     done = ctxprune(*WRITERS[name], *model, cwd=place, prepare=_no_work)
     refused(done, "`.ctxprune` is a file, not a folder")
+    assert files_of(place) == before
+
+
+@pytest.mark.parametrize("command", [EXPORT, GENERATE, INFO, EVAL, BENCH, SHOWN])
+def test_a_file_where_the_current_model_is_noted(command: tuple[str, ...], place: Path) -> None:
+    shutil.rmtree(place / ".ctxprune")
+    (place / ".ctxprune").write_text("mine")
+    before = files_of(place)
+    out = ("--out", "made") if command == EXPORT else ()
+    refused(ctxprune(*command, *out, cwd=place, prepare=_no_work), "no current model")
     assert files_of(place) == before
 
 
@@ -248,6 +257,7 @@ def test_any_name_will_do(name: str, place: Path) -> None:
             continue
         done = ctxprune(*command, f"--out={out}", cwd=place)
         assert done.code == 0, done.err
+        assert words.line(f"wrote {out}") in done.err
         assert (place / out / "ctxprune.json").is_file()
         shown = ctxprune("info", cwd=place)
         assert shown.code == 0 and "Traceback" not in shown.err, shown.err

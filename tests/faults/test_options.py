@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import copied, replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from outcome import ctxprune, files_of, refused
@@ -139,6 +141,66 @@ COMMANDS: list[tuple[str, str]] = [
 def test_an_option_is_refused(line: str, words: str, tmp_path: Path) -> None:
     refused(ctxprune(*line.split(), cwd=tmp_path), words)
     assert not files_of(tmp_path)
+
+
+# The least numbers that there are, and what they would be rounded to.
+DENORMAL = [
+    ("tune --steps 1 --max-length 64 --train lora --lr 1e-320 --gate-lr 5e-324", 0),
+    ("tune --steps 1 --max-length 64 --sparsity 1e-320", 0),
+    ("tune --steps 1 --max-length 64 --max-minutes 1e-320", 0),
+    ("convert dense --attention-score 1e-320 --out made", 0),
+    ("generate --no-chat --max-new-tokens 2 --policy sink --sparsity 1e-320 It", 0),
+    ("generate --no-chat --max-new-tokens 2 --temperature 1 --top-p 1e-320 It", 0),
+    ("generate --no-chat --temperature 5e-324 It", 2),
+    ("eval --text text.txt --max-tokens 64 --max-length 64 --policy sink --sparsity 1e-320", 2),
+    ("inspect --text text.txt --tokens 32 --policy sink --sparsity 1e-320", 0),
+]
+
+
+@pytest.mark.parametrize(("line", "code"), DENORMAL, ids=[line for line, _ in DENORMAL])
+def test_a_denormal_number_is_right_or_refused(
+    line: str, code: int, workplace: Path, tmp_path: Path
+) -> None:
+    place = copied(workplace, tmp_path)
+    text = ["--data", "text.txt"] if line.startswith("tune") else []
+    done = ctxprune(*line.split(), *text, cwd=place)
+    if code:
+        refused(done)
+    assert done.code == code and "Traceback" not in done.err, done.err
+
+
+EMULATED = [
+    ("tune --steps 1 --max-length 64 --data text.txt --bf16", "pruner.training.tune._step"),
+    ("generate --no-chat --dtype bfloat16 It", "pruner.generation.generate"),
+    ("eval --text text.txt --dtype bfloat16", "evals.quality.evaluate.perplexity"),
+    ("inspect --text text.txt --dtype bfloat16", "evals.inspect.inspection.trace"),
+    ("bench --policy sink --dtype bfloat16", "evals.speed.bench.Comparison"),
+    ("bench --architecture gpt2.json --dtype bfloat16", "evals.speed.bench.Comparison"),
+    ("bench --training --train lora --bf16", "evals.speed.training_cost.Trainee"),
+]
+
+
+@pytest.mark.parametrize(("line", "work"), EMULATED, ids=[line for line, _ in EMULATED])
+def test_an_emulated_dtype_is_told_before_the_work(
+    line: str, work: str, workplace: Path, tmp_path: Path
+) -> None:
+    """However slow the processor is, what it does and how fast stands there when it begins."""
+    place = copied(workplace, tmp_path)
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 99}
+    (place / "gpt2.json").write_text(json.dumps(config))
+    (place / "cpuinfo").write_text("flags\t\t: fpu avx2\n")
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def prepare() -> None:
+        replace("pruner.device.CPUINFO", place / "cpuinfo")
+        replace(work, stop)
+
+    done = ctxprune(*line.split(), cwd=place, prepare=prepare)
+    refused(done, code=130)
+    assert done.err.count("emulates bfloat16, at ") == 1
+    assert "training the gates alone: 1 steps" in done.err or not line.startswith("tune")
 
 
 # What cannot come from a command line: types, as Python and recipes give them.

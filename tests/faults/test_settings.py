@@ -95,12 +95,16 @@ def test_a_damaged_folder_is_refused(
     refused(done, words, "m")
 
 
+@pytest.mark.parametrize("name", ["config: 5", "deep", "provenance: 5"])
 @pytest.mark.parametrize("reader", READERS)
 def test_every_command_refuses_a_damaged_folder(
-    reader: str, workplace: Path, tmp_path: Path
+    reader: str, name: str, workplace: Path, tmp_path: Path
 ) -> None:
-    _linked(workplace, tmp_path).write_text('{"config": 5}')
-    refused(ctxprune(*READERS[reader], cwd=tmp_path), "ctxprune.json", "config")
+    change, words = FOLDERS[name]
+    file = _linked(workplace, tmp_path)
+    about = json.loads((workplace / "m" / "ctxprune.json").read_bytes())
+    file.write_bytes(change if isinstance(change, bytes) else json.dumps(about | change).encode())
+    refused(ctxprune(*READERS[reader], cwd=tmp_path), "ctxprune.json", words)
     assert not (tmp_path / "o").exists()
 
 

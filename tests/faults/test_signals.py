@@ -164,21 +164,28 @@ def test_a_signal_ends_it(
         assert ctxprune("info", "made", cwd=place).code == 0
 
 
-@pytest.mark.parametrize("nth", [1, 2, 3])
-@pytest.mark.parametrize(
-    "name",
-    [f"{TUNING}._step", "pruner.training.metrics.Metrics.log"],
-)
-def test_tune_goes_on_from_where_it_was_interrupted(name: str, nth: int, place: Path) -> None:
+INTERRUPTED = [
+    *((f"{TUNING}._step", nth, signal.SIGTERM, "1") for nth in (1, 2, 3)),
+    *(("pruner.training.metrics.Metrics.log", nth, signal.SIGTERM, "1") for nth in (1, 2, 3)),
+    # No state was saved before the signal.
+    *((f"{TUNING}._step", 3, number, "50") for number in STOPS),
+]
+
+
+@pytest.mark.parametrize(("name", "nth", "number", "every"), INTERRUPTED)
+def test_tune_goes_on_from_where_it_was_interrupted(
+    name: str, nth: int, number: int, every: str, place: Path
+) -> None:
     """In a step it loses that step; between its update and its line in the log it loses none."""
-    assert ctxprune(*TUNE, "--out", "whole", cwd=place).code == 0
-    done = ctxprune(*TUNE, *MADE, cwd=place, prepare=_signalled(name, nth, signal.SIGTERM))
+    tune = (*TUNE, "--save-every", every)
+    assert ctxprune(*tune, "--out", "whole", cwd=place).code == 0
+    done = ctxprune(*tune, *MADE, cwd=place, prepare=_signalled(name, nth, number))
     _interrupted(done)
     steps = nth if name.endswith("log") else nth - 1
     said = f"stopped after step {steps} of 3; the state is saved" if steps else "before anything"
     assert said in done.err
     assert (place / ".made.tuning").exists() == bool(steps)
-    done = ctxprune(*TUNE, *MADE, *(["--resume"] if steps else []), cwd=place)
+    done = ctxprune(*tune, *MADE, *(["--resume"] if steps else []), cwd=place)
     assert done.code == 0, done.err
     one, two = files_of(place / "whole"), files_of(place / "made")
     assert one.keys() == two.keys()

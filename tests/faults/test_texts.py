@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import replace
 from datasets import Dataset
 from outcome import ctxprune, files_of, refused
 from strangers import Folders, arguments, copied, edit, make
@@ -46,6 +49,10 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "txt: a mark alone": ("a.txt", lambda: b"\xef\xbb\xbf", "has no text"),
     "txt: NULs": ("a.txt", lambda: b"\0" * 5000, "holds NUL bytes"),
     "txt: a program": ("a.bin", lambda: b"\x7fELF\2\1\1\0\0", "holds NUL bytes"),
+    "zstd": ("a.jsonl.zst", lambda: b"\x28\xb5\x2f\xfd\x04\x58" + b"\x91" * 99, "UTF-8 text"),
+    "xz": ("a.txt.xz", lambda: lzma.compress(LINE), "cannot be read as UTF-8 text"),
+    "zip": ("a.docx", lambda: b"PK\3\4\x14\0\6\0" + b"\x91" * 99, "holds NUL bytes"),
+    "pdf": ("a.pdf", lambda: b"%PDF-1.7\n%\xb5\xb5\xb5\xb5\n", "cannot be read as UTF-8 text"),
     "gz: empty": ("a.txt.gz", lambda: b"", "has no text"),
     "gz: not gz": ("a.txt.gz", lambda: b"plain text", "cannot be read as UTF-8 text"),
     "gz: cut": ("a.txt.gz", lambda: WHOLE[:40], "cannot be read as UTF-8 text"),
@@ -290,6 +297,32 @@ def test_a_text_that_is_said(name: str, folders: Folders, tmp_path: Path) -> Non
     done = ctxprune(*given, "--model", str(model), cwd=tmp_path, stdin=stdin)
     refused(done, said)
     assert not done.out
+
+
+# What never ends, given to a command that may read so many bytes of it, and what it says.
+ENDLESS: dict[str, tuple[list[str], list[str], int, str]] = {
+    "one line": (["generate", "-"], ["cat", "/dev/zero"], 2**20, "line 1 of stdin has more"),
+    "lines": (["generate", "-"], ["yes", "It was a night"], 2**20, "stdin has more than 1 MB"),
+    "one line, to chat": (["chat"], ["cat", "/dev/zero"], 2**26, "line 1 of stdin has more than"),
+    "one line, to inspect": (["inspect", "--text", "-"], ["cat", "/dev/zero"], 2**20, "line 1 of"),
+    "lines, to inspect": (["inspect", "--text", "-"], ["yes", "It was a night"], 2**26, ""),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_text_on_stdin_that_never_ends(name: str, folders: Folders, tmp_path: Path) -> None:
+    given, source, most, said = ENDLESS[name]
+    talking = edit("tokenizer_config.json", chat_template="{{ messages[-1].content }}")
+    model = copied(folders.tuned, tmp_path / "m", talking)
+
+    def endless() -> None:
+        replace("cli.console.MOST_READ", most)
+        os.dup2(subprocess.Popen(source, stdout=subprocess.PIPE).stdout.fileno(), 0)  # type: ignore[union-attr]
+
+    done = ctxprune(*given, "--model", str(model), cwd=tmp_path, prepare=endless)
+    if said:
+        refused(done, said)
+    assert done.code == (2 if said else 0), done.err
 
 
 DOCUMENTS: dict[str, tuple[bytes | None, str]] = {
