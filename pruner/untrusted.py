@@ -39,7 +39,7 @@ KINDS = {
 AGAIN = "fetch it or convert it again"
 
 # Only what is named is looked at.
-LENIENT = ConfigDict(STRICT, extra="ignore")
+LENIENT: ConfigDict = {**STRICT, "extra": "ignore"}
 # Some models have -1 for none.
 Token = Annotated[int, Field(ge=-1, lt=2**31)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
