@@ -42,7 +42,7 @@ PHASES: list[tuple[tuple[str, ...], str, int]] = [
     ((*CONVERT, *MADE, "--force"), "pruner.files._put", 1),
     ((*CONVERT, *MADE), "cli.convert.set_current", 1),
     ((*TUNE, *MADE), LOADING, 1),
-    ((*TUNE, *MADE), f"{TUNING}.data.read_texts", 2),
+    ((*TUNE, *MADE), "pruner.training.windows.data.read_texts", 2),
     ((*TUNE, *MADE), f"{TUNING}.trainable", 1),
     ((*TUNE, *MADE), f"{TUNING}._Run.begin", 1),
     ((*TUNE, *MADE), f"{TUNING}._step", 1),
