@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from ctxprune.pruner.checkpoints.convert import convert
+from ctxprune.pruner.checkpoints.export import export
 from ctxprune.pruner.config import PruneConfig
 from ctxprune.pruner.engine.handle import attach, new_gates
 
@@ -154,6 +157,27 @@ def tiny_folder(dense_folder: Callable[[str], Path], tmp_path: Path) -> Callable
     def make(family: str) -> Path:
         out = tmp_path / f"converted-{family}"
         return convert(str(dense_folder(family)), out, {"rank": 8, "context": 128})
+
+    return make
+
+
+@pytest.fixture
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers copies trusted code to a cache: here to one of this test."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "c"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.fixture
+def exported(
+    dense_folder: Callable[[str], Path], tmp_path: Path, own_modules: None
+) -> Callable[[str], Path]:
+    """Make an exported folder that is tuned to 0.5, by name of a family."""
+
+    def make(family: str) -> Path:
+        settings = {"rank": 8, "context": 128, "levels": {0.5: (0.5,) * 3}, "tuned": 0.5}
+        folder = convert(str(dense_folder(family)), tmp_path / f"converted-{family}", settings)
+        return export(folder, tmp_path / f"exported-{family}")
 
     return make
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -14,7 +13,6 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-import transformers
 from conftest import TEXT, tiny_model
 from gguf import GGUFWriter
 from huggingface_hub import ModelCard
@@ -24,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_tune import run_config
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ctxprune.evals.report.merged import merge
 from ctxprune.evals.report.on_card import on_card
@@ -36,29 +34,11 @@ from ctxprune.pruner.checkpoints.export import export
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
 from ctxprune.pruner.training.tune import tune
+from ctxprune.pruner.vllm import ARCHITECTURE
 
 Make = Callable[[str], Path]
 NEW = 24
 CODE = (interop.MODELING, interop.GENERATE)
-
-
-@pytest.fixture(autouse=True)
-def _own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies trusted code to a cache: here to one of this test."""
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "c"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-
-@pytest.fixture
-def exported(dense_folder: Make, tmp_path: Path) -> Make:
-    """Make an exported folder that is tuned to 0.5, by name of a family."""
-
-    def make(family: str) -> Path:
-        settings = {"rank": 8, "context": 128, "levels": {0.5: (0.5,) * 3}, "tuned": 0.5}
-        folder = convert(str(dense_folder(family)), tmp_path / f"converted-{family}", settings)
-        return export(folder, tmp_path / f"exported-{family}")
-
-    return make
 
 
 def read(folder: Path) -> tuple[Any, Tensor]:
@@ -71,60 +51,6 @@ def written(model: Any, ids: Tensor) -> list[int]:
     """What a model writes, greedily."""
     found = model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     return list(found[0, ids.shape[1] :].tolist())
-
-
-def named_class(folder: Path) -> Any:
-    """The class that `transformers serve` loads: by the name in the configuration."""
-    config = json.loads((folder / "config.json").read_text())
-    return getattr(transformers, config["architectures"][0])
-
-
-def by_auto_class(folder: Path, ids: Tensor, **trust: bool) -> list[int]:
-    return written(AutoModelForCausalLM.from_pretrained(folder, **trust), ids)
-
-
-def by_class_name(folder: Path, ids: Tensor, **trust: bool) -> list[int]:
-    return written(named_class(folder).from_pretrained(folder, **trust), ids)
-
-
-def by_class_name_with_names(folder: Path, ids: Tensor, **trust: bool) -> list[int]:
-    """As `serve` calls it: everything by its name."""
-    model = named_class(folder).from_pretrained(folder, **trust)
-    found = model.generate(
-        inputs=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
-    )
-    return list(found[0, ids.shape[1] :].tolist())
-
-
-def by_pipeline(folder: Path, ids: Tensor, **trust: bool) -> list[int]:
-    write = pipeline("text-generation", str(folder), **trust)
-    options = {"max_new_tokens": NEW, "do_sample": False, "return_tensors": True}
-    found: Any = write(TEXT, **options)
-    return list(found[0]["generated_token_ids"][ids.shape[1] :])
-
-
-def by_peft(folder: Path, ids: Tensor, **trust: bool) -> list[int]:
-    """An adapter on top, which changes nothing yet."""
-    model = AutoModelForCausalLM.from_pretrained(folder, **trust)
-    names = ["c_attn"] if model.config.model_type == "gpt2" else ["q_proj"]
-    return written(get_peft_model(model, LoraConfig(r=4, target_modules=names)).eval(), ids)
-
-
-TOOLS = [by_auto_class, by_class_name, by_class_name_with_names, by_pipeline, by_peft]
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_every_tool_evicts_where_it_trusts_and_is_dense_where_not(
-    exported: Make, family: str
-) -> None:
-    folder = exported(family)
-    _, ids = read(folder)
-    evicting, dense = (written(load(folder, sparsity=s), ids) for s in (0.5, 0.0))
-    assert evicting != dense and len(evicting) == NEW
-    for tool in TOOLS:
-        assert tool(folder, ids) == dense, tool
-        assert tool(folder, ids, trust_remote_code=False) == dense, tool
-        assert tool(folder, ids, trust_remote_code=True) == evicting, tool
 
 
 def test_a_trusting_tool_says_what_is_dropped(exported: Make) -> None:
@@ -191,60 +117,11 @@ def test_resaving_keeps_everything(exported: Make, tmp_path: Path) -> None:
     assert written(load(tmp_path / "merged"), ids) == written(load(folder), ids)
 
 
-def test_without_the_package_a_sentence_says_what_it_is(
-    exported: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody is told to install what PyPI has under our name, and dense it works."""
-    folder = exported("llama")
-    _, ids = read(folder)
-    name = "ctxprune.pruner.checkpoints.remote"
-    importlib.import_module(name)
-    monkeypatch.setitem(sys.modules, name, None)
-    for kind in (AutoModelForCausalLM, named_class(folder)):
-        with pytest.raises(ImportError) as caught:
-            kind.from_pretrained(folder, trust_remote_code=True)
-        said = str(caught.value)
-        assert "another project" in said and "pip install" not in said
-    assert len(by_auto_class(folder, ids)) == NEW
-
-
 def test_a_folder_whose_gates_are_gone(exported: Make) -> None:
     folder = exported("llama")
     (folder / GATES).unlink()
     with pytest.raises(CtxpruneError, match="has no gates"):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-
-
-def test_lm_eval_takes_the_level_as_a_model_argument(
-    exported: Make, task_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By lm-eval's own command line; requests are as long as the context, so that rows leave."""
-    from lm_eval.__main__ import cli_evaluate
-
-    folder, seen = exported("llama"), []
-    before = torch.nn.Module.__call__
-
-    def note(module: Any, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(module, "ctxprune"):
-            seen.append(module.ctxprune.dial)
-        return before(module, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.Module, "__call__", note)
-    tasks = task_folder / "yaml"
-    tasks.mkdir()
-    (tasks / "boats.yaml").write_text(
-        "task: boats\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {task_folder / 'piqa.jsonl'}}}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{goal}}'\n"
-        "doc_to_choice: '{{[sol1, sol2]}}'\ndoc_to_target: label\n"
-        "metric_list: [{metric: acc}]\n"
-    )
-    chosen = f"pretrained={folder},trust_remote_code=True,sparsity=0.5,policy=knorm"
-    command = ["lm_eval", "run", "--model", "hf", "--device", "cpu", "--include_path", str(tasks)]
-    command += ["--tasks", "boats", "--model_args", chosen, "--limit", "2"]
-    monkeypatch.setattr(sys, "argv", command)
-    cli_evaluate()
-    assert set(seen) == {"`knorm` at sparsity 0.5"} and len(seen) >= 4
 
 
 def test_the_files_of_a_folder(
@@ -400,6 +277,7 @@ def test_the_card_has_the_metadata_of_the_hub(
     words = (out / "README.md").read_text()
     assert "/home/someone" not in words and str(tmp_path) not in words
     assert "another project" in words and "trust_remote_code=True" in words
+    assert f'vllm serve DIR --hf-overrides \'{{"architectures": ["{ARCHITECTURE}"]}}\'' in words
 
 
 def test_the_header_of_a_gguf_file_is_a_card_too(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from ctxprune.pruner import words
 
 TASK = "text-generation"
 TAGS = ("ctxprune", "kv-cache")
+# What makes vLLM take the class of the plugin.
+VLLM = '{"architectures": ["CtxpruneForCausalLM"]}'
 # What a card says of the base that holds for all that is made of it.
 KEPT = ("license", "license_name", "license_link", "language", "base_model")
 
@@ -135,6 +137,13 @@ def model_card(
         f"{about['config']['context']}, if none are given); of shorter ones less is dropped. "
         "Without",
         "`trust_remote_code`, and without the package, it is a plain, dense model.",
+        "",
+        "vLLM serves it dense, and evicting where the package is installed beside it, which knows "
+        "some types of models:",
+        "",
+        "```bash",
+        f"vllm serve {source} --hf-overrides '{VLLM}'",
+        "```",
     ]
     if "tune" in provenance:
         lines += ["", "## Training", *_runs(provenance)]
