@@ -190,9 +190,8 @@ def test_an_interrupted_tune_goes_on(
 
     @contextmanager
     def record() -> Iterator[TuningProgress]:
-        yield TuningProgress(
-            lambda figures: steps.append(figures["step"]), lambda _: None, lambda *_: None
-        )
+        listeners = (lambda _: None, lambda *_: None, lambda *_: None)
+        yield TuningProgress(lambda figures: steps.append(figures["step"]), *listeners)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ctxprune.cli.work.tuning_progress", record)
