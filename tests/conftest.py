@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -17,9 +18,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
+from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.checkpoints.convert import convert
 from ctxprune.pruner.checkpoints.export import export
 from ctxprune.pruner.config import PruneConfig
@@ -28,6 +31,7 @@ from ctxprune.pruner.engine.handle import attach, new_gates
 FAMILIES = ("gpt2", "llama")
 VOCABULARY = 300
 END = "<|endoftext|>"
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<answer>"
 
 TEXT = (
     "It was a bright cold day in the harbour, and the old captain, who had seen many such days, "
@@ -112,6 +116,26 @@ def remembering_model(
 def embedded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded checkpoint, converted: its tokenizer knows words."""
     return convert(None, tmp_path_factory.mktemp("embedded") / "converted", {})
+
+
+@pytest.fixture(scope="module")
+def model(embedded_folder: Path) -> PreTrainedModel:
+    """The same, loaded, dense."""
+    return load(embedded_folder, sparsity=0.0)
+
+
+@pytest.fixture(scope="module")
+def words(embedded_folder: Path) -> PreTrainedTokenizerBase:
+    """Its tokenizer."""
+    return load_tokenizer(embedded_folder)
+
+
+@pytest.fixture(scope="module")
+def chatty(words: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The same, with a chat template."""
+    other = copy.deepcopy(words)
+    other.chat_template = TEMPLATE
+    return other
 
 
 def made_tokenizer() -> PreTrainedTokenizerFast:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,32 +12,14 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.pruner import answers, data
-from ctxprune.pruner.checkpoints.checkpoint import GATES, load, load_tokenizer
+from ctxprune.pruner.checkpoints.checkpoint import GATES
 from ctxprune.pruner.config import TuneConfig
 from ctxprune.pruner.errors import CtxpruneError, Interrupted
 from ctxprune.pruner.training import windows
 from ctxprune.pruner.training.tune import tune
 
 LENGTH = 512
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<answer>"
 RUN = TuneConfig(sparsity=0.7, steps=3, context=LENGTH, batch_size=2, answers=0.5, save_every=1)
-
-
-@pytest.fixture(scope="module")
-def model(embedded_folder: Path) -> PreTrainedModel:
-    return load(embedded_folder, sparsity=0.0)
-
-
-@pytest.fixture(scope="module")
-def words(embedded_folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(embedded_folder)
-
-
-@pytest.fixture(scope="module")
-def chatty(words: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    other = copy.deepcopy(words)
-    other.chat_template = TEMPLATE
-    return other
 
 
 @pytest.fixture(scope="module")

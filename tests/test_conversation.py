@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import remembering_model
-from test_fidelity import TEMPLATE
+from conftest import TEMPLATE, remembering_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.quality.conversation import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,9 @@ from ctxprune.evals.config import EvalConfig
 from ctxprune.evals.quality.evaluate import check_reference, evaluate
 from ctxprune.evals.quality.fidelity import INSTRUCTIONS, KINDS, Sample, samples, score
 from ctxprune.pruner.answers import LEAST, MOST
-from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
 from ctxprune.pruner.data import encode, read_texts
 from ctxprune.pruner.engine.handle import handle_of
 from ctxprune.pruner.errors import CtxpruneError
-
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<answer>"
-
-
-@pytest.fixture(scope="module")
-def model(embedded_folder: Path) -> PreTrainedModel:
-    return load(embedded_folder, sparsity=0.0)
-
-
-@pytest.fixture(scope="module")
-def words(embedded_folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(embedded_folder)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +44,8 @@ def test_each_kind_is_there_and_answers_are_the_models_own(
 
 
 def test_a_chat_template_asks_where_there_is_one(
-    model: PreTrainedModel, words: PreTrainedTokenizerBase
+    model: PreTrainedModel, chatty: PreTrainedTokenizerBase
 ) -> None:
-    chatty = copy.deepcopy(words)
-    chatty.chat_template = TEMPLATE
     last = samples(model, chatty, read_texts(None, "eval"), limit=1)[-1]
     prompt = chatty.decode(list(last.ids[: -last.scored]))
     assert prompt.startswith("<user>") and prompt.endswith(f"{INSTRUCTIONS[0]}</s><answer>")

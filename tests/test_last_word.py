@@ -15,15 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxprune.evals.quality.last_word import Passage, passages, score
-from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
+from ctxprune.pruner.checkpoints.checkpoint import load
 from ctxprune.pruner.data import read_texts
 from ctxprune.pruner.engine.handle import Handle
 from ctxprune.pruner.errors import CtxpruneError
-
-
-@pytest.fixture(scope="module")
-def words(embedded_folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(embedded_folder)
 
 
 @pytest.fixture(scope="module")

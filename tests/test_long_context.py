@@ -26,7 +26,7 @@ from ctxprune.evals.quality.long_context import (
     prompts,
     score,
 )
-from ctxprune.pruner.checkpoints.checkpoint import load, load_tokenizer
+from ctxprune.pruner.checkpoints.checkpoint import load
 from ctxprune.pruner.data import read_texts
 from ctxprune.pruner.engine.cache import PrunedCache
 from ctxprune.pruner.engine.handle import Handle, handle_of
@@ -35,11 +35,6 @@ from ctxprune.pruner.errors import CtxpruneError
 
 # Not one of the values is in it.
 PLAIN = "It was a bright cold day in the harbour, and the old captain walked slowly. " * 200
-
-
-@pytest.fixture(scope="module")
-def words(embedded_folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(embedded_folder)
 
 
 @pytest.fixture(scope="module")
