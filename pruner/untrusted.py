@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from ctxprune.pruner.errors import CtxpruneError
-from ctxprune.pruner.schema import Share, conforming, shown
+from ctxprune.pruner.schema import STRICT, Share, conforming, shown
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -39,7 +39,7 @@ KINDS = {
 AGAIN = "fetch it or convert it again"
 
 # Only what is named is looked at.
-LENIENT = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore", defer_build=True)
+LENIENT: ConfigDict = {**STRICT, "extra": "ignore"}
 # Some models have -1 for none.
 Token = Annotated[int, Field(ge=-1, lt=2**31)]
 Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]

@@ -25,8 +25,6 @@ ANSWERS = "answers.safetensors"
 MOST = 128
 # A window of fewer tokens has no room for an instruction, a text and an answer.
 SHORTEST = 512
-
-
 # The share of answers in what a chat model reads, if nobody says another.
 SHARE = 0.25
 
