@@ -276,6 +276,11 @@ def _tune(
     _check_context(model, handle, config)
     if config.bf16:
         warn_of_emulation(accelerator.device, torch.bfloat16, on_phase)
+    tokens = config.context * config.batch_size * config.accumulate * accelerator.num_processes
+    if config.max_tokens is not None:
+        within = config.max_tokens // tokens - config.ahead
+        steps = min(config.steps, max(within, 0 if config.ahead else 1))
+        config = dataclasses.replace(config, steps=steps)
     on_phase("reading the text")
     texts, held_out = windows.read(tokenizer, config)
     known = work / windows.ANSWERS if resume else None
@@ -285,11 +290,6 @@ def _tune(
     trainee = Trainee(model, handle, config)
     if trainee.dropout:
         on_phase(f"attention dropout of {trainee.dropout:g} is off: soft attention has none")
-    tokens = config.context * config.batch_size * config.accumulate * accelerator.num_processes
-    if config.max_tokens is not None:
-        within = config.max_tokens // tokens - config.ahead
-        steps = min(config.steps, max(within, 0 if config.ahead else 1))
-        config = dataclasses.replace(config, steps=steps)
     # A state has what is trained and its two moments; it is replaced by another.
     state = 3 * sum(4 * each.numel() for group in parameters for each in group["params"])
     check_room(out, checkpoint.size(model), state, state)
@@ -368,15 +368,15 @@ def _plan(config: TuneConfig, mixture: Windows, passes: int) -> str:
     if config.total_steps == 0:
         return f"calibrating alone: {passes} passes over the model"
     what = {"gates": "the gates alone", "lora": "the gates and LoRA", "full": "all weights"}
-    windows = f"{len(mixture.texts)} windows of {config.context}"
+    read = f"{len(mixture.texts)} windows of {config.context}"
     if mixture.answers is not None:
-        windows += f", a share of {mixture.share:g} its own answers"
+        read += f", a share of {mixture.share:g} its own answers"
     steps = config.total_steps
     tokens = steps * config.batch_size * config.accumulate * config.context
     text = "the embedded sample" if config.data is None else config.data
     return (
         f"training {what[config.train]}: {steps} steps, {tokens:,} tokens of {text} "
-        f"({windows}), then {passes} passes to calibrate"
+        f"({read}), then {passes} passes to calibrate"
     )
 
 
